@@ -123,7 +123,7 @@ def _json_default(value: Any) -> Any:
 
 
 def append_lines(final: Path, lines: list[str]) -> None:
-    """Append lines and sync. A torn last line (of a kill during an append) is closed first, so that it spoils only itself."""
+    """Append lines and sync. A torn last line is closed first, so that it spoils only itself."""
     final.parent.mkdir(parents=True, exist_ok=True)
     with final.open("ab+") as file:
         if file.tell() > 0:
