@@ -1,8 +1,167 @@
-"""The command line: parses arguments and hands over; every command lives in its own room."""
+"""The command line: one parser, and a command's room is opened only when it is called.
+
+``--help`` and ``status`` answer in a blink: nothing heavier than argparse is imported here (a test holds it).
+Exit codes: 0 done, 1 something failed, 2 wrong use, 78 configuration.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-def main() -> int:
+from sessions import __version__
+
+DONE, FAILED, USAGE, CONFIGURATION = 0, 1, 2, 78
+
+_DESCRIPTION = "Drop pictures and a train.yaml into a folder. Get a model, already in your WebUI."
+_EPILOG = """\
+A first minute:       fastsd demo
+Your own pictures:    fastsd init ~/Fast-Dreambooth, then fastsd up ~/Fast-Dreambooth
+Something is wrong:   fastsd doctor, fastsd status, fastsd logs
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints end with what helps."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(USAGE, f"{self.prog}: {message}\nSee: {self.prog} --help\n")
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    room: str,
+    text: str,
+    *,
+    json: bool = True,
+) -> _Parser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(room=room)
+    if json:
+        parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout, for programs")
+    return parser
+
+
+def _root(parser: _Parser, *, needed: bool = False) -> None:
+    text = "the folder tree" if needed else "the folder tree; needed only where several have been watched"
+    parser.add_argument("root", type=Path, nargs=None if needed else "?", metavar="ROOT", help=text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="fastsd",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastsd {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_daemon(commands)
+    _add_looks(commands)
+    _add_oneoffs(commands)
+    _add_models(commands)
+    _add_service(commands)
+    return parser
+
+
+def _add_daemon(commands: argparse._SubParsersAction[_Parser]) -> None:
+    up = _command(commands, "up", "up:up", "watch a tree and do what is dropped there, in the foreground", json=False)
+    up.add_argument("root", type=Path, nargs="?", default=Path(), metavar="ROOT", help="the tree (default: here)")
+    up.add_argument("--once", action="store_true", help="do what is there, then exit: 0, or 1 if anything failed")
+    up.add_argument("--config", type=Path, metavar="F", help="settings file (default: ROOT/fastsd.yaml)")
+    demo = _command(commands, "demo", "demo:demo", "the whole chain on the built-in miniature models", json=False)
+    demo.add_argument("folder", type=Path, nargs="?", default=Path("demo"), metavar="DIR", help="default: demo")
+    init = _command(commands, "init", "init:init", "make a tree: its folders, fastsd.yaml, a first session", json=False)
+    _root(init, needed=True)
+    _root(_command(commands, "doctor", "doctor:doctor", "check this machine and say what is missing"))
+
+
+def _add_looks(commands: argparse._SubParsersAction[_Parser]) -> None:
+    _root(_command(commands, "status", "look:status", "what is going on"))
+    jobs = _command(commands, "jobs", "look:jobs", "the jobs: waiting, running, failed, done")
+    _root(jobs)
+    jobs.add_argument("--all", action="store_true", help="done ones too")
+    for name, text in (
+        ("retry", "try failed and refused jobs again: all, or the ones named"),
+        ("cancel", "cancel jobs that have not ended"),
+    ):
+        parser = _command(commands, name, f"look:{name}", text)
+        wanted = "*" if name == "retry" else "+"
+        parser.add_argument("jobs", type=int, nargs=wanted, metavar="N", help="its number in `fastsd jobs`")
+        parser.add_argument("--root", type=Path, metavar="ROOT", help="needed only where several have been watched")
+    _root(_command(commands, "pause", "look:pause", "start no new jobs until resume; a training saves and stops"))
+    _root(_command(commands, "resume", "look:resume", "go on after pause"))
+    logs = _command(commands, "logs", "look:logs", "the daemon's log", json=False)
+    _root(logs)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
+    logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="so many lines (default: 50)")
+
+
+def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
+    crop = _command(commands, "crop", "oneoffs:crop", "crop pictures around their subject")
+    crop.add_argument("--size", type=int, default=512, metavar="N", help="side in pixels (default: 512)")
+    crop.add_argument("--mode", choices=("smart", "centre", "off"), default="smart")
+    caption = _command(commands, "caption", "oneoffs:caption", "caption pictures")
+    caption.add_argument("--captioner", default="kosmos-2", metavar="NAME", help="kosmos-2, miniature or a name")
+    for parser in (crop, caption):
+        parser.add_argument("sources", type=Path, nargs="+", metavar="SRC", help="pictures, or folders of pictures")
+        parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    train = _command(commands, "train", "oneoffs:train", "crop, caption, train and convert one folder")
+    train.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with pictures and perhaps a train.yaml")
+    train.add_argument("--base", metavar="NAME", help="the base, where train.yaml names none")
+    train.add_argument("--captioner", metavar="NAME", help="the captioner (default: as in fastsd.yaml)")
+    convert = _command(commands, "convert", "oneoffs:convert", "convert a Diffusers folder into one file")
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("destination", type=Path, metavar="DST")
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="the precision (default: as it is)")
+    convert.add_argument("--verify", choices=("header", "sample", "all", "forward"), default="sample")
+    inspect = _command(commands, "inspect", "oneoffs:inspect", "say what a model file is")
+    inspect.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    inspect.add_argument("--hash", action="store_true", help="compute SHA-256 and AutoV2 too")
+
+
+def _add_models(commands: argparse._SubParsersAction[_Parser]) -> None:
+    models = commands.add_parser("models", help="models: list what there is, get what is missing")
+    actions = models.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    listing = _command(actions, "list", "models:listing", "bases, captioners and what lies under Models/")
+    _root(listing)
+    get = _command(actions, "get", "models:get", "download a model by name or address")
+    get.add_argument("name", metavar="NAME", help="a name of `models list`, or an https address of a model file")
+    get.add_argument("--root", type=Path, metavar="ROOT", help="put a file from an address under ROOT/Models")
+
+
+def _add_service(commands: argparse._SubParsersAction[_Parser]) -> None:
+    service = commands.add_parser("service", help="run fastsd with systemd")
+    actions = service.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    for name, text in (("install", "install and start a systemd unit"), ("uninstall", "stop it and take it away")):
+        parser = _command(actions, name, f"service:{name}", text, json=False)
+        _root(parser, needed=True)
+        parser.add_argument("--system", action="store_true", help="for the whole machine (default: for this user)")
+        if name == "install":
+            parser.add_argument("--print", action="store_true", dest="show", help="only show the unit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``fastsd``."""
-    return 0
+    chosen = build_parser().parse_args(arguments)
+    module, function = chosen.room.split(":")
+    run: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f"daemon.commands.{module}"), function)
+    try:
+        return run(chosen)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): no news for it, and no traceback either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return 130

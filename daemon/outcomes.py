@@ -1,0 +1,152 @@
+"""What the end of a job leaves in the tree: a line in the manifest, an error file, a place in the trash.
+
+Called before the queue forgets the job, so that a kill in between repeats the job and loses nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from daemon.session import Session
+from sessions import layout
+from sessions.errors import remove_error, write_error
+from sessions.files import sweep_temporaries
+from sessions.manifest import Record
+from sessions.refusal import Refusal
+from sessions.trash import move_to_trash
+
+
+def record_done(
+    session: Session,
+    kind: str,
+    stored: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    outputs: Sequence[str],
+) -> None:
+    """A job is done: remember what it made, and take back what was said against its file.
+
+    Raises:
+        OSError: the session's folder cannot be written.
+    """
+    record: Record = {"kind": kind}
+    for key in ("source", "size", "mtime_ns", "stem", "params", "run", "spec_record"):
+        if key in stored:
+            record[key] = stored[key]
+    record |= facts
+    record["outputs"] = [session.inside(Path(output)) for output in outputs]
+    if "finished" in record:
+        record["finished"] = session.inside(Path(record["finished"]))
+    if isinstance(record.get("model"), dict) and record["model"].get("preview"):
+        record["model"] = {**record["model"], "preview": session.inside(Path(record["model"]["preview"]))}
+    records = [record]
+    subject = subject_file(kind, stored)
+    refusal = session.manifest.get("refused", subject) if subject else None
+    if refusal is not None and refusal.get("job") == kind:
+        records.append({"kind": "refused", "source": subject, "gone": True})
+    session.manifest.append(records)
+    if subject and (refusal is None or refusal.get("job") == kind):
+        remove_error(session.folder / subject)
+
+
+def subject_file(kind: str, stored: Mapping[str, Any]) -> str:
+    """The file of the session that a job is about, beside which its errors are told; "" when there is none."""
+    if kind == "train":
+        return str(stored.get("spec_record", {}).get("path", ""))
+    if kind == "publish":
+        return str(stored.get("model", ""))
+    return str(stored.get("source", ""))
+
+
+def record_refused(session: Session, kind: str, stored: Mapping[str, Any], refusal: Refusal) -> None:
+    """The input is at fault: say so beside it, and do not try it again until it changes.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    subject = subject_file(kind, stored)
+    if not subject:
+        return
+    write_error(session.folder / subject, refusal)
+    record: Record = {"kind": "refused", "source": subject, "job": kind, **refusal.to_json()}
+    stamp = stored.get("spec_record", stored)
+    record |= {key: stamp[key] for key in ("size", "mtime_ns", "sha256") if key in stamp}
+    session.manifest.append([record])
+
+
+def record_failed(session: Session, kind: str, stored: Mapping[str, Any], message: str) -> None:
+    """A job failed for good: say so beside its file. A picture is left out of training from now on.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    advice = "The log has more: fastsd logs. Once the cause is mended, try again with: fastsd retry."
+    refusal = Refusal("failed", f"{kind}: {message}", advice)
+    if "source" in stored:
+        record_refused(session, kind, stored, refusal)
+        return
+    subject = subject_file(kind, stored)
+    if subject and (session.folder / subject).exists():
+        write_error(session.folder / subject, refusal)
+
+
+def record_ended_run(session: Session, stored: Mapping[str, Any], state: str, reason: str) -> None:
+    """A run is over without a model: ``failed`` or ``cancelled``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    record = {
+        "kind": "train",
+        "run": stored["run"],
+        "state": state,
+        "reason": reason,
+        "spec_record": stored["spec_record"],
+        "outputs": [],
+    }
+    session.manifest.append([record])
+
+
+def tidy_after_convert(session: Session, stored: Mapping[str, Any]) -> None:
+    """The model's file is proven: what it was made from, and the checkpoints of its run, need no room any more."""
+    shutil.rmtree(session.folder / stored["finished"], ignore_errors=True)
+    shutil.rmtree(session.folder / layout.PRIVATE / "frozen" / stored["run"], ignore_errors=True)
+    checkpoints = session.folder / layout.CHECKPOINTS
+    for folder in checkpoints.glob("step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    sweep_temporaries(checkpoints)
+
+
+def forget_picture(session: Session, relative: str, today: date) -> None:
+    """A picture is gone: what was made of it goes to the trash; a person's caption stays where it is.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    gone = []
+    thrown: list[str] = []
+    for kind in ("crop", "caption", "refused"):
+        record = session.manifest.get(kind, relative)
+        if record is not None:
+            gone.append({"kind": kind, "source": relative, "gone": True})
+            thrown += [output for output in record.get("outputs", ()) if _is_ours(session, record, output)]
+    if gone:
+        move_to_trash(session.folder, thrown, today)
+        session.manifest.append(gone)
+    session.release_stem(relative)
+    remove_error(session.folder / relative)
+
+
+def _is_ours(session: Session, record: Record, output: str) -> bool:
+    """Whether an output is still what we wrote: a caption that a person edited is theirs."""
+    if not output.endswith(".txt"):
+        return True
+    from hashlib import sha256
+
+    try:
+        return sha256((session.folder / output).read_bytes()).hexdigest() == record.get("text_sha256")
+    except OSError:
+        return False

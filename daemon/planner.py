@@ -1,0 +1,223 @@
+"""What a session wants beyond its pictures: a run, a model's file, its place in the WebUI; and what it waits for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from daemon.config import Settings
+from daemon.index import Fact, Index
+from daemon.jobs import JobRequest
+from daemon.prepare import base_name
+from daemon.routing import (
+    PictureRules,
+    SpecRecord,
+    convert_requests,
+    publish_requests,
+    run_for,
+    same_content,
+    train_request,
+)
+from daemon.runs import read_spec_record, recorded_runs
+from daemon.session import Session
+from handlers.context import Waiting
+from handlers.models import registry
+from sessions import layout
+from sessions.errors import error_path, remove_error, write_error
+from sessions.refusal import Refusal
+from sessions.spec import TrainSpec, parse_spec
+
+FEWEST_PICTURES = 3
+
+
+@dataclass
+class Plan:
+    """What a session wants now.
+
+    Attributes:
+        requests: jobs to put into the queue.
+        waits: reasons why something waits, each a sentence with what helps.
+        again_in: seconds after which it is worth planning anew, None when only a change can help.
+    """
+
+    requests: list[JobRequest] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    again_in: float | None = None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans sessions.
+
+    Attributes:
+        root: the tree.
+        index: its settled facts.
+        settings: of the tree.
+        rules: parameters of its pictures' outputs.
+        cache: the folder of downloads, where bases lie.
+        quiet_for: (session) → seconds since people last moved something in it.
+        quiet_needed: seconds of quiet before a run starts by itself.
+        caption_gate: () → why captions cannot be made now, or None.
+    """
+
+    root: Path
+    index: Index
+    settings: Settings
+    rules: PictureRules
+    cache: Path
+    quiet_for: Callable[[Session], float]
+    quiet_needed: float
+    caption_gate: Callable[[], str | None]
+
+    def plan(self, session: Session, shape: layout.Shape) -> Plan:
+        """What a session wants now.
+
+        Raises:
+            OSError: the session's folder cannot be read or written.
+        """
+        plan = Plan()
+        self._plan_run(session, shape, plan)
+        plan.requests += convert_requests(session)
+        if self.settings.webui.kind != "none":
+            plan.requests += [
+                request
+                for request in publish_requests(session)
+                if _wants_publication(session, str(request.payload["run"]))
+            ]
+        return plan
+
+    def spec_of(self, session: Session) -> str | None:
+        """The name of the train.yaml that lies in a session, settled; None when there is none."""
+        return next((name for name in layout.SPEC_NAMES if self.index.lookup(session.tree_path(name))), None)
+
+    def _plan_run(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
+        name = self.spec_of(session)
+        if name is None:
+            return
+        try:
+            record, content = read_spec_record(session, name)
+        except FileNotFoundError:
+            return
+        run = run_for(record, session.id, recorded_runs(session))
+        if run is None:
+            remove_refusal(session, name, "spec")
+            return
+        if (session.folder / layout.RUNS / run / "run.json").exists():
+            plan.requests.append(train_request(session, run, record))
+            return
+        try:
+            spec = parse_spec(content.decode("utf-8", errors="replace"))
+            self._check_base(spec)
+            ready = self._ready(session, shape, spec, plan)
+        except Refusal as refusal:
+            refuse_spec(session, name, record, refusal)
+            return
+        except Waiting as waiting:
+            plan.waits.append(waiting.reason)
+            plan.again_in = waiting.retry_after
+            return
+        remove_refusal(session, name, "spec")
+        if ready:
+            plan.requests.append(train_request(session, run, record))
+
+    def _check_base(self, spec: TrainSpec) -> None:
+        models = self.root / layout.MODELS
+        registry.find(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
+
+    def _ready(self, session: Session, shape: layout.Shape, spec: TrainSpec, plan: Plan) -> bool:
+        pictures = self.pictures(session, shape)
+        crops = self._pending(session, "crop", pictures)
+        captions = self._pending(session, "caption", pictures)
+        wants_captions = spec.captions is True or spec.concept == "style"
+        closed = self.caption_gate()
+        if crops:
+            plan.waits.append(f"Training waits for {_count(crops, 'picture')} to be cropped.")
+            return False
+        if captions and (closed is None or wants_captions):
+            plan.waits.append(closed or f"Training waits for {_count(captions, 'caption')}.")
+            return False
+        usable = sum(1 for relative, _ in pictures if session.manifest.get("crop", relative) is not None)
+        if usable < FEWEST_PICTURES:
+            raise Refusal(
+                "too-few",
+                f"There are {usable} usable pictures in this session, and a run needs {FEWEST_PICTURES}.",
+                "Add pictures to the folder; the run then starts by itself.",
+            )
+        quiet = self.quiet_for(session)
+        if spec.start != "now" and quiet < self.quiet_needed:
+            plan.again_in = max(0.5, self.quiet_needed - quiet)
+            plan.waits.append(
+                f"Training starts when nothing has been added for {self.quiet_needed:.0f} s "
+                "(`start: now` in train.yaml skips that).",
+            )
+            return False
+        return True
+
+    def pictures(self, session: Session, shape: layout.Shape) -> list[tuple[str, Fact]]:
+        """The settled pictures of a session: (path in the session, fact)."""
+        found = []
+        for fact in self.index.under(session.path):
+            place = layout.place_of(fact.path, shape)
+            if place is not None and place.session == session.path and place.role is layout.Role.PICTURE:
+                found.append((place.relative, fact))
+        return found
+
+    def _pending(self, session: Session, kind: str, pictures: list[tuple[str, Fact]]) -> int:
+        pending = 0
+        for relative, fact in pictures:
+            record = session.manifest.get(kind, relative)
+            if record is not None and same_content(record, fact):
+                continue
+            refusal = session.manifest.get("refused", relative)
+            if refusal is not None and same_content(refusal, fact):
+                continue
+            pending += 1
+        return pending
+
+
+def refuse_spec(session: Session, name: str, record: SpecRecord, refusal: Refusal) -> None:
+    """A train.yaml that cannot be used: told beside it, once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_error(session.folder / name, refusal)
+    known = session.manifest.get("refused", name) or {}
+    line = {"kind": "refused", "source": name, "job": "spec", "sha256": record.sha256, **refusal.to_json()}
+    if any(known.get(key) != value for key, value in line.items()):
+        session.manifest.append([line])
+
+
+def remove_refusal(session: Session, name: str, job: str) -> None:
+    """What was said against a file no longer holds.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    known = session.manifest.get("refused", name)
+    if known is not None and known.get("job") == job:
+        session.manifest.append([{"kind": "refused", "source": name, "gone": True}])
+        remove_error(session.folder / name)
+
+
+def standing_errors(session: Session) -> list[tuple[str, str]]:
+    """The files of a session that were refused and not mended yet: (file, what is wrong)."""
+    return [
+        (str(record["source"]), str(record.get("what", "")))
+        for record in session.manifest.of_kind("refused")
+        if error_path(session.folder / str(record["source"])).exists()
+    ]
+
+
+def _wants_publication(session: Session, run: str) -> bool:
+    try:
+        spec = json.loads((session.folder / layout.RUNS / run / "run.json").read_bytes()).get("spec") or {}
+    except (OSError, ValueError):
+        return True
+    return bool(spec.get("publish", True))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,224 @@
+"""Handing a job out: what the queue keeps in the session's terms becomes a payload of absolute paths.
+
+Also the last look before work begins: a picture that changed since the job was queued has a newer job on its way, and
+one whose session is gone has nobody waiting for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sessions.captions import choose_caption
+
+from daemon.config import Settings
+from daemon.index import Index
+from daemon.routing import SpecRecord
+from daemon.session import Session, Sessions
+from sessions import layout
+from sessions.spec import TrainSpec, parse_spec
+
+
+class Gone(Exception):  # noqa: N818 - it says what is the case
+    """What the job was about is not there any more, or has changed: drop it."""
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Makes payloads.
+
+    Attributes:
+        root: the tree.
+        settings: of the tree.
+        sessions: to find a job's folder by its session's identity.
+        index: to list the pictures of a session.
+        secrets: what must not lie in the tree or in argv: ``webui_auth``.
+    """
+
+    root: Path
+    settings: Settings
+    sessions: Sessions
+    index: Index
+    secrets: Mapping[str, str]
+
+    def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """The payload of a job, as docs/architecture.md lists it.
+
+        Raises:
+            Gone: the job has nothing to do any more.
+            Refusal: a train.yaml was spoiled since the job was queued.
+        """
+        try:
+            session = self.sessions.by_id(session_id)
+        except (LookupError, OSError) as error:
+            raise Gone(str(error)) from error
+        match kind:
+            case "crop":
+                return self._crop(session, stored)
+            case "caption":
+                return self._caption(session, stored)
+            case "train":
+                return self._train(session, stored)
+            case "convert":
+                return self._convert(session, stored)
+            case _:
+                return self._publish(session, stored)
+
+    @property
+    def models(self) -> str | None:
+        """The tree's Models folder, if there is one."""
+        folder = self.root / layout.MODELS
+        return os.fspath(folder) if folder.is_dir() else None
+
+    def _source(self, session: Session, stored: Mapping[str, Any]) -> Path:
+        source: Path = session.folder / stored["source"]
+        try:
+            found = source.lstat()
+        except OSError as error:
+            raise Gone(str(error)) from error
+        if (found.st_size, found.st_mtime_ns) != (stored["size"], stored["mtime_ns"]):
+            message = f"{source} has changed since"
+            raise Gone(message)
+        return source
+
+    def _crop(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        source = self._source(session, stored)
+        return {
+            "source": os.fspath(source),
+            "output": os.fspath(session.folder / layout.CROPS / f"{stored['stem']}.jpg"),
+            **stored["params"],
+            "pixel_limit": self.settings.limits.picture_pixels,
+        }
+
+    def _caption(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        source = self._source(session, stored)
+        stem = stored["stem"]
+        record = session.manifest.get("caption", stored["source"]) or {}
+        captions = session.folder / layout.CAPTIONS
+        return {
+            "source": os.fspath(source),
+            # A person's words beside the picture win: then no second text is written that would say otherwise.
+            "text": None if person_text(source) else os.fspath(captions / f"{stem}.txt"),
+            "sidecar": os.fspath(captions / f"{stem}.json"),
+            "preview": os.fspath(session.folder / layout.PREVIEWS / f"{stem}.jpg"),
+            "written": record.get("text_sha256"),
+            **stored["params"],
+            "models": self.models,
+            "pixel_limit": self.settings.limits.picture_pixels,
+        }
+
+    def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        spec_record = SpecRecord.from_json(stored["spec_record"])
+        common = {
+            "folder": os.fspath(session.folder),
+            "root": os.fspath(self.root),
+            "session": session.id,
+            "run": stored["run"],
+            "models": self.models,
+            "disk_reserve": self.settings.limits.disk_reserve,
+            "spec_record": spec_record.to_json(),
+        }
+        # A run that has begun goes by its own run.json, whatever became of the train.yaml (promise 1).
+        if (session.folder / layout.RUNS / stored["run"] / "run.json").exists():
+            return {**common, "name": session.name, "spec": None, "base": None, "pictures": None}
+        try:
+            text = (session.folder / spec_record.path).read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise Gone(str(error)) from error
+        spec = parse_spec(text)
+        return {
+            **common,
+            "name": spec.name or session.name,
+            "spec": spec.to_json(),
+            "base": base_name(spec, self.settings),
+            "pictures": training_pictures(session, self.index, spec),
+        }
+
+    def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        model = stored["model"]
+        name = layout.model_stem(model.get("name") or session.name, stored["run"])
+        preview = model.get("preview")
+        return {
+            "source": os.fspath(session.folder / stored["finished"]),
+            "output": os.fspath(session.folder / f"{name}.safetensors"),
+            "dtype": None,
+            "metadata": model.get("metadata", {}),
+            "run": stored["run"],
+            "verify": "forward",
+            "preview": os.fspath(session.folder / preview) if preview else None,
+        }
+
+    def _publish(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        model = session.folder / stored["model"]
+        if not model.exists():
+            message = f"{model} is gone"
+            raise Gone(message)
+        webui = self.settings.webui.model_dump(mode="json")
+        user, _, password = self.secrets.get("webui_auth", "").partition(":")
+        proof = session.folder / layout.RUNS / stored["run"] / "proof.png"
+        return {
+            "model": os.fspath(model),
+            "name": stored["name"],
+            "run": stored["run"],
+            "webui": {**webui, "user": user or None, "password": password or None},
+            "proof_picture": os.fspath(proof),
+        }
+
+
+def base_name(spec: TrainSpec, settings: Settings) -> str:
+    """The base that a spec trains: its own, else the tree's."""
+    return spec.base if spec.base != "auto" else settings.base
+
+
+def person_text(picture: Path) -> Path | None:
+    """The caption that a person put beside a picture, or None."""
+    beside = picture.with_suffix(".txt")
+    return beside if beside.is_file() else None
+
+
+def training_pictures(session: Session, index: Index, spec: TrainSpec) -> list[dict[str, Any]]:
+    """The pictures of a session that a run begins with: those that have a crop, with their window and caption.
+
+    A generated caption counts where the spec wants captions (or trains a style); a person's counts unless it says no.
+    """
+    generated = spec.captions is True or (spec.captions == "auto" and spec.concept == "style")
+    pictures = []
+    shape_free = sorted(session.manifest.of_kind("crop"), key=lambda record: str(record["source"]))
+    for record in shape_free:
+        relative = record["source"]
+        if index.lookup(session.tree_path(relative)) is None:
+            continue
+        caption = None
+        if spec.captions is not False:
+            caption = caption_of(session, relative, record["stem"], with_generated=generated)
+        pictures.append(
+            {
+                "source": os.fspath(session.folder / relative),
+                "sha256": record["sha256"],
+                "box": record["box"],
+                "caption": caption,
+            },
+        )
+    return pictures
+
+
+def caption_of(session: Session, relative: str, stem: str, *, with_generated: bool) -> str | None:
+    """The line that a picture trains with: a person's, else (where wanted) the generated one."""
+    record = session.manifest.get("caption", relative) or {}
+    beside = person_text(session.folder / relative)
+    return choose_caption(
+        beside.read_bytes() if beside else None,
+        _bytes_of(session.folder / layout.CAPTIONS / f"{stem}.txt"),
+        record.get("text_sha256"),
+        with_generated=with_generated,
+    )
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,177 @@
+"""What people see of the daemon: STATUS.txt in each session, and the snapshot that ``fastsd status`` shows."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from daemon.jobs import Job
+from daemon.planner import Plan, standing_errors
+from daemon.session import Session
+from sessions import layout
+from sessions.files import write_text
+from sessions.status import SessionStatus, duration, render, same_but_time, size
+
+log = logging.getLogger(__name__)
+STALE_AFTER = timedelta(minutes=10)
+_DOING = {
+    "crop": "cropping",
+    "caption": "captioning",
+    "train": "training",
+    "convert": "converting the model into one file",
+    "publish": "bringing the model into the WebUI",
+}
+
+
+def describe_session(
+    session: Session,
+    jobs: Sequence[Job],
+    plan: Plan,
+    pictures: int,
+    *,
+    gates: Mapping[str, str],
+    others: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> SessionStatus:
+    """What is to be said of a session.
+
+    Args:
+        session: the session.
+        jobs: its jobs that have not ended, and those that failed.
+        plan: what it wants and waits for.
+        pictures: how many it has.
+        gates: kinds of jobs that cannot start now → why.
+        others: files in it that are no pictures and were left alone.
+        notes: other lines.
+    """
+    running = [job for job in jobs if job.state == "running"]
+    pending = [job for job in jobs if job.state in ("ready", "waiting")]
+    waits = list(plan.waits)
+    for job in pending:
+        reason = gates.get(job.kind) or str(job.problem.get("reason", ""))
+        if reason and reason not in waits:
+            waits.append(reason)
+    waits += [
+        f"{job.kind} of {job.subject} failed and is tried again: {job.problem['message']}"
+        for job in pending
+        if job.attempts and "message" in job.problem
+    ]
+    trouble = [f"{name}: {what}" for name, what in standing_errors(session)]
+    told = {name for name, _ in standing_errors(session)}
+    trouble += [
+        f"{job.kind} of {job.subject} failed: {job.problem.get('message', '')}"
+        for job in jobs
+        if job.state == "failed" and job.subject not in told
+    ]
+    extra = list(notes)
+    if others:
+        shown = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+        verb = "file is" if len(others) == 1 else "files are"
+        extra.append(f"{len(others)} {verb} no picture and left alone: {shown}")
+    return SessionStatus(
+        name=session.name,
+        state=_state_line(session, running, pending, plan, gates),
+        pictures=pictures,
+        cropped=len(session.manifest.of_kind("crop")),
+        captioned=len(session.manifest.of_kind("caption")),
+        waits=waits,
+        models=[_model_line(session, record) for record in session.manifest.of_kind("convert")],
+        trouble=trouble,
+        notes=extra,
+    )
+
+
+def _state_line(
+    session: Session,
+    running: Sequence[Job],
+    pending: Sequence[Job],
+    plan: Plan,
+    gates: Mapping[str, str],
+) -> str:
+    if running:
+        kinds = sorted({job.kind for job in running}, key=list(_DOING).index)
+        first = next(job for job in running if job.kind == kinds[-1])
+        others = sum(1 for job in pending if job.kind == first.kind)
+        return describe_progress(first, others)
+    startable = [job for job in pending if job.kind not in gates and job.state == "ready"]
+    if startable:
+        return f"{len(startable)} {'job' if len(startable) == 1 else 'jobs'} to do"
+    if pending or plan.waits:
+        return "waiting (see below)"
+    ended = session.manifest.of_kind("train")
+    if ended and ended[-1].get("state") in ("failed", "cancelled"):
+        return f"run {ended[-1]['run']} {ended[-1]['state']}: {ended[-1].get('reason', '')}".rstrip(": ")
+    if session.manifest.of_kind("convert"):
+        return "done: the model is ready"
+    return "idle: a train.yaml starts training (rename train.example.yaml)"
+
+
+def describe_progress(job: Job, others: int = 0) -> str:
+    """A running job in a line: what, how far, how long still."""
+    progress = job.progress
+    doing = _DOING.get(job.kind, job.kind)
+    subject = "" if job.kind in ("train", "convert", "publish") else f" {job.subject}"
+    parts = [f"{doing}{subject}"]
+    done, total = progress.get("done"), progress.get("total")
+    if progress.get("note"):
+        parts.append(str(progress["note"]))
+    if total:
+        parts.append(f"{done:,.0f} of {total:,.0f}")
+    facts = progress.get("facts") or {}
+    if isinstance(facts.get("loss"), int | float):
+        parts.append(f"loss {facts['loss']:.4f}")
+    if isinstance(facts.get("eta"), int | float):
+        parts.append(f"about {duration(facts['eta'])} left")
+    if others:
+        parts.append(f"{others} more to do")
+    return ", ".join(parts)
+
+
+def _model_line(session: Session, record: Mapping[str, Any]) -> str:
+    name = record["outputs"][0] if record.get("outputs") else f"run {record['run']}"
+    published = session.manifest.get("publish", str(record["run"]))
+    where = f"in the WebUI, proven by a picture ({published['sd_model_hash']})" if published else "proven"
+    if published and published.get("proof") != "picture":
+        where = "in the WebUI's folder"
+    return f"{name}  {size(record.get('bytes', 0))}, {where}"
+
+
+def write_status(session: Session, status: SessionStatus, now: datetime) -> None:
+    """Write STATUS.txt, unless it says the same already and is not about to be stale."""
+    file = session.folder / layout.STATUS
+    text = render(status, now, STALE_AFTER)
+    with suppress(OSError, UnicodeDecodeError):
+        fresh = now.timestamp() - file.stat().st_mtime < STALE_AFTER.total_seconds() / 2
+        busy = not status.state.startswith(("idle", "done"))
+        if same_but_time(file.read_text(encoding="utf-8"), text) and (fresh or not busy):
+            return
+    try:
+        write_text(file, text)
+    except OSError as error:
+        log.warning("cannot write %s: %s", file, error)
+
+
+def session_json(session: Session, status: SessionStatus) -> dict[str, Any]:
+    """A session as ``fastsd status --json`` shows it."""
+    return {
+        "name": session.name,
+        "id": session.id,
+        "folder": os.fspath(session.folder),
+        "state": status.state,
+        "pictures": status.pictures,
+        "cropped": status.cropped,
+        "captioned": status.captioned,
+        "waits": list(status.waits),
+        "models": list(status.models),
+        "trouble": list(status.trouble),
+        "notes": list(status.notes),
+    }
+
+
+def local_now() -> datetime:
+    """The time with this machine's zone."""
+    return datetime.now(UTC).astimezone()
