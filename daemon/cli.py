@@ -117,7 +117,7 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     for parser in (crop, caption):
         parser.add_argument("sources", type=Path, nargs="+", metavar="SRC", help="pictures, or folders of pictures")
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    train = _command(commands, "train", "oneoffs:train", "crop, caption, train and convert one folder")
+    train = _command(commands, "train", "train:train", "crop, caption, train and convert one folder")
     train.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with pictures and perhaps a train.yaml")
     train.add_argument("--base", metavar="NAME", help="the base, where train.yaml names none")
     train.add_argument("--captioner", metavar="NAME", help="the captioner (default: as in fastsd.yaml)")

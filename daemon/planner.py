@@ -58,7 +58,7 @@ class Planner:
         rules: parameters of its pictures' outputs.
         cache: the folder of downloads, where bases lie.
         quiet_for: (session) → seconds since people last moved something in it.
-        quiet_needed: seconds of quiet before a run starts by itself.
+        quiet_needed: () → seconds of quiet before a run starts by itself.
         caption_gate: () → why captions cannot be made now, or None.
     """
 
@@ -68,7 +68,7 @@ class Planner:
     rules: PictureRules
     cache: Path
     quiet_for: Callable[[Session], float]
-    quiet_needed: float
+    quiet_needed: Callable[[], float]
     caption_gate: Callable[[], str | None]
 
     def plan(self, session: Session, shape: layout.Shape) -> Plan:
@@ -124,7 +124,7 @@ class Planner:
 
     def _check_base(self, spec: TrainSpec) -> None:
         models = self.root / layout.MODELS
-        registry.find(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
+        registry.check(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
 
     def _ready(self, session: Session, shape: layout.Shape, spec: TrainSpec, plan: Plan) -> bool:
         pictures = self.pictures(session, shape)
@@ -145,11 +145,11 @@ class Planner:
                 f"There are {usable} usable pictures in this session, and a run needs {FEWEST_PICTURES}.",
                 "Add pictures to the folder; the run then starts by itself.",
             )
-        quiet = self.quiet_for(session)
-        if spec.start != "now" and quiet < self.quiet_needed:
-            plan.again_in = max(0.5, self.quiet_needed - quiet)
+        quiet, needed = self.quiet_for(session), self.quiet_needed()
+        if spec.start != "now" and quiet < needed:
+            plan.again_in = max(0.5, needed - quiet)
             plan.waits.append(
-                f"Training starts when nothing has been added for {self.quiet_needed:.0f} s "
+                f"Training starts when nothing has been added for {needed:.0f} s "
                 "(`start: now` in train.yaml skips that).",
             )
             return False

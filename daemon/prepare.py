@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sessions.captions import choose_caption
-
 from daemon.config import Settings
 from daemon.index import Index
 from daemon.routing import SpecRecord
 from daemon.session import Session, Sessions
 from sessions import layout
+from sessions.captions import read_caption
 from sessions.spec import TrainSpec, parse_spec
 
 
@@ -35,14 +34,12 @@ class Preparer:
         settings: of the tree.
         sessions: to find a job's folder by its session's identity.
         index: to list the pictures of a session.
-        secrets: what must not lie in the tree or in argv: ``webui_auth``.
     """
 
     root: Path
     settings: Settings
     sessions: Sessions
     index: Index
-    secrets: Mapping[str, str]
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -157,13 +154,12 @@ class Preparer:
             message = f"{model} is gone"
             raise Gone(message)
         webui = self.settings.webui.model_dump(mode="json")
-        user, _, password = self.secrets.get("webui_auth", "").partition(":")
         proof = session.folder / layout.RUNS / stored["run"] / "proof.png"
         return {
             "model": os.fspath(model),
             "name": stored["name"],
             "run": stored["run"],
-            "webui": {**webui, "user": user or None, "password": password or None},
+            "webui": webui,
             "proof_picture": os.fspath(proof),
         }
 
@@ -209,12 +205,14 @@ def caption_of(session: Session, relative: str, stem: str, *, with_generated: bo
     """The line that a picture trains with: a person's, else (where wanted) the generated one."""
     record = session.manifest.get("caption", relative) or {}
     beside = person_text(session.folder / relative)
-    return choose_caption(
-        beside.read_bytes() if beside else None,
+    chosen = read_caption(
         _bytes_of(session.folder / layout.CAPTIONS / f"{stem}.txt"),
-        record.get("text_sha256"),
-        with_generated=with_generated,
+        beside.read_bytes() if beside else None,
+        [record.get("text_sha256")],
     )
+    if chosen is None or (chosen.origin == "generated" and not with_generated):
+        return None
+    return chosen.line
 
 
 def _bytes_of(file: Path) -> bytes | None:

@@ -41,8 +41,9 @@ class Router:
         now: seconds on a monotonic clock.
         clock: seconds since the epoch, for the queue.
         today: the date, for the trash.
-        stamp: called for pictures that may only have been touched: (session, path in it, fact).
+        stamp: called for pictures that may only have been touched.
         touched: called with the folder of every session in which something changed.
+        tree_quiet: (folder) → seconds since a file moved below it, settled or not.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Router:
         now: Callable[[], float],
         clock: Callable[[], float],
         today: Callable[[], date],
-        stamp: Callable[[Session, str, Fact], None],
+        stamp: Callable[[Fact], None],
         touched: Callable[[str], None],
+        tree_quiet: Callable[[str], float],
     ) -> None:
         self._root = root
         self._index = index
@@ -71,6 +73,7 @@ class Router:
         self._today = today
         self._stamp = stamp
         self._touched = touched
+        self._tree_quiet = tree_quiet
         self._moved: dict[str, float] = {}
         self._spec_folders: set[str] = set()
         self._shape = Shape()
@@ -83,7 +86,8 @@ class Router:
 
     def quiet_for(self, session: Session) -> float:
         """Seconds since people last moved something in a session; long, when nothing was since the start."""
-        return self._now() - self._moved.get(session.path, float("-inf"))
+        settled = self._now() - self._moved.get(session.path, float("-inf"))
+        return min(settled, self._tree_quiet(session.path))
 
     def settled(self, facts: Iterable[Fact]) -> None:
         """Files have settled: queue what they want. They are in the index only after this."""
@@ -117,25 +121,24 @@ class Router:
             self._move(place.session)
             forget_picture(session, place.relative, self._today())
         elif place.relative.endswith(layout.ERROR_SUFFIX):
-            self.retry_refused(session, error_file=place.relative)
+            self.retry_refused(session, self.refused_in(session, place.relative))
         elif place.role is not Role.OWN:
             self._move(place.session)
 
-    def retry_refused(self, session: Session, error_file: str | None = None) -> int:
-        """Forget refusals of a session, so that their files are tried again.
+    def refused_in(self, session: Session, error_file: str) -> list[str]:
+        """The files whose refusal is told in an error file (a path in the session)."""
+        sources = [str(record["source"]) for record in session.manifest.of_kind("refused")]
+        return [source for source in sources if session.inside(error_path(session.folder / source)) == error_file]
 
-        Args:
-            session: the session.
-            error_file: only the refusal told in this file (a path in the session); None for all.
+    def retry_refused(self, session: Session, sources: Iterable[str]) -> int:
+        """Forget what was said against files of a session, so that they are tried again. Returns how many there were.
 
-        Returns:
-            How many were forgotten.
+        Raises:
+            OSError: the folder cannot be written.
         """
         gone = []
-        for record in session.manifest.of_kind("refused"):
-            source = str(record["source"])
-            told = session.inside(error_path(session.folder / source))
-            if error_file is None or told == error_file:
+        for source in sources:
+            if session.manifest.get("refused", source) is not None:
                 gone.append({"kind": "refused", "source": source, "gone": True})
                 error_path(session.folder / source).unlink(missing_ok=True)
         session.manifest.append(gone)
@@ -193,7 +196,7 @@ class Router:
         if heal:
             self._heal(session, place.relative)
         if needs_stamp(session, place.relative, fact):
-            self._stamp(session, place.relative, fact)
+            self._stamp(fact)
             return
         yield from picture_requests(session, place.relative, fact, self._rules)
 
@@ -252,4 +255,8 @@ class Router:
         """
         remaining = iter(requests)
         while batch := list(islice(remaining, _BATCH)):
-            self._queue.put(batch, self._clock(), again=again)
+            new = set(self._queue.put(batch, self._clock()))
+            known = ((request, self._queue.by_key(request.key)) for request in batch if request.key not in new)
+            ended = [request for request, job in known if job is not None and job.state in again]
+            if ended:
+                self._queue.put(ended, self._clock(), again=True)

@@ -51,7 +51,8 @@ def _status_of(state: State) -> dict[str, Any]:
 def _show_status(value: Mapping[str, Any]) -> None:
     if value["running"]:
         tree = value.get("tree", {})
-        print(f"{value['root']}: {value.get('state', 'running')} (process {value.get('pid')}, since {value.get('since')})")
+        who = f"process {value.get('pid')}, since {value.get('since')}"
+        print(f"{value['root']}: {value.get('state', 'running')} ({who})")
         events = "events and scans" if tree.get("events") else "scans"
         print(f"  watching {tree.get('files', 0):,} files in {tree.get('folders', 0):,} folders by {events}")
         if tree.get("unsettled"):
@@ -92,7 +93,8 @@ def jobs(arguments: argparse.Namespace) -> int:
         progress = row["progress"]
         far = f"{100 * progress['done'] / progress['total']:3.0f} %" if progress.get("total") else "     "
         problem = row["problem"].get("message") or row["problem"].get("reason") or row["problem"].get("what") or ""
-        print(f"{row['id']:>6}  {row['state']:<9} {row['kind']:<8} {far}  {_printable(row['subject'])}  {problem}".rstrip())
+        head = f"{row['id']:>6}  {row['state']:<9} {row['kind']:<8} {far}"
+        print(f"{head}  {_printable(row['subject'])}  {problem}".rstrip())
     return DONE
 
 

@@ -1,0 +1,93 @@
+"""Miniature models: the real classes at tiny widths, for the demo, the tests and whoever names them.
+
+Light to import: torch is loaded only when a miniature without shipped weights has to be built.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from sessions import files
+
+VERSION = "1"
+WEIGHTS = Path(__file__).parent / "weights"
+NAMES = ("miniature", "miniature-captioner")
+_READY = "READY"
+
+
+def shipped(name: str) -> Path | None:
+    """The packaged folder of a trained miniature, or None where it has none yet."""
+    folder = WEIGHTS / name
+    return folder if (folder / _READY).is_file() else None
+
+
+def folder_of(name: str, cache: Path) -> Path:
+    """Where a miniature lies or will lie; nothing is built."""
+    return shipped(name) or cache / "miniature" / f"{name}-{VERSION}"
+
+
+def is_trained(name: str) -> bool:
+    """Whether the weights were trained; the others are random and draw or say nothing of sense."""
+    return shipped(name) is not None
+
+
+def ensure(name: str, cache: Path) -> Path:
+    """The Diffusers (or transformers) folder of a miniature, ready to load.
+
+    Trained weights come with the package. A miniature without them is built once with random weights (the same on
+    every machine of one torch version) into ``cache``; two workers may do so at once, and the first one's stays.
+
+    Args:
+        name: one of ``NAMES``.
+        cache: a folder on a local disk.
+
+    Raises:
+        ValueError: there is no such miniature.
+    """
+    if name not in NAMES:
+        message = f"there is no miniature called {name!r}"
+        raise ValueError(message)
+    final = folder_of(name, cache)
+    if (final / _READY).is_file():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    files.sweep_temporaries(final.parent)
+    temporary = files.temporary_name(final)
+    try:
+        _build(name, temporary)
+        (temporary / _READY).write_text(f"{VERSION}\n")
+        _sync_tree(temporary)
+        _publish(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _build(name: str, target: Path) -> None:
+    if name == "miniature-captioner":
+        from handlers.models.miniature import captioner
+
+        captioner.build(target)
+    else:
+        from handlers.models.miniature import drawing
+
+        drawing.build(target)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _folders, names in os.walk(folder):
+        for name in names:
+            with (Path(parent) / name).open("rb") as file:
+                files.sync_file(file)
+        files.sync_folder(Path(parent))
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename the finished folder; where another worker was faster, its folder stands."""
+    try:
+        files.publish(temporary, final)
+    except OSError:
+        if not (final / _READY).is_file():
+            raise

@@ -1,0 +1,90 @@
+"""What the command line can ask a running daemon (``daemon.control``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from daemon.control import Answer, Command
+from daemon.jobs import STATES, JobState
+
+if TYPE_CHECKING:
+    from daemon.app import Daemon
+
+
+_RETRIED: tuple[JobState, ...] = ("failed", "refused", "cancelled", "waiting")
+
+
+class Commander:
+    """Answers requests."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def commands(self) -> dict[str, Command]:
+        """Every request by its name."""
+        return {
+            "status": self.status,
+            "jobs": self.jobs,
+            "retry": self.retry,
+            "cancel": self.cancel,
+            "pause": self.pause,
+            "resume": self.resume,
+            "scan": self.scan,
+        }
+
+    async def status(self, _: Mapping[str, Any]) -> Answer:
+        """What is going on."""
+        return self._daemon.reporter.snapshot()
+
+    async def jobs(self, request: Mapping[str, Any]) -> Answer:
+        """The jobs; the done ones too where ``all`` says so."""
+        states = [state for state in STATES if request.get("all") or state != "done"]
+        live = {entry.job.id: entry.progress for entry in self._daemon.dispatcher.running}
+        rows = [job.to_json() for job in self._daemon.queue.jobs(states=states)]
+        return {"jobs": [{**row, "progress": live.get(row["id"]) or row["progress"]} for row in rows]}
+
+    async def retry(self, request: Mapping[str, Any]) -> Answer:
+        """Try again what failed or was refused: the named jobs, or all."""
+        daemon = self._daemon
+        numbers = [int(number) for number in request.get("jobs", [])]
+        chosen = [job for job in daemon.queue.jobs(states=_RETRIED) if not numbers or job.id in numbers]
+        if numbers and not chosen:
+            raise LookupError(f"No failed, refused or cancelled job has the number {', '.join(map(str, numbers))}.")
+        for job in chosen:
+            with suppress(LookupError):
+                session = daemon.sessions.by_id(job.session)
+                daemon.router.retry_refused(session, [str(job.payload.get("source", ""))])
+        if not numbers:
+            for session in map(daemon.sessions.at, list(daemon.sessions)):
+                refused = [str(record["source"]) for record in session.manifest.of_kind("refused")]
+                daemon.router.retry_refused(session, refused)
+        found = daemon.dispatcher.retry([job.id for job in chosen]) if chosen else []
+        daemon.dispatcher.wake()
+        return {"count": len(set(found) | {job.id for job in chosen}), "jobs": sorted(found)}
+
+    async def cancel(self, request: Mapping[str, Any]) -> Answer:
+        """Cancel jobs; a run that is cancelled is over."""
+        cancelled = [number for number in map(int, request.get("jobs", [])) if self._daemon.cancel(number)]
+        if not cancelled:
+            raise LookupError("None of these jobs can be cancelled: they have ended, or there are no such numbers.")
+        return {"count": len(cancelled), "jobs": cancelled}
+
+    async def pause(self, _: Mapping[str, Any]) -> Answer:
+        """Start nothing new; what runs on the GPU saves and goes back to the queue."""
+        self._daemon.dispatcher.pause()
+        self._daemon.dispatcher.take_back("gpu")
+        self._daemon.reporter.news.set()
+        return {}
+
+    async def resume(self, _: Mapping[str, Any]) -> Answer:
+        """Go on."""
+        self._daemon.dispatcher.resume()
+        self._daemon.reporter.news.set()
+        return {}
+
+    async def scan(self, _: Mapping[str, Any]) -> Answer:
+        """Look at the whole tree now."""
+        self._daemon.tree.request_scan()
+        return {}

@@ -1,0 +1,206 @@
+"""Commands that do one thing and end: crop, caption, convert, inspect. The daemon's handlers, without a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from daemon.cli import DONE, FAILED, USAGE
+from daemon.commands.roots import complain, print_json
+from daemon.state import cache_home
+from sessions import layout
+
+Row = dict[str, Any]
+
+
+def pictures_in(sources: Iterable[Path]) -> list[Path]:
+    """The pictures that are named, and all in the folders that are named; links are followed."""
+    found: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            for parent, folders, names in os.walk(source, followlinks=True):
+                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+                found += [
+                    Path(parent, name) for name in sorted(names) if layout.is_picture_name(name) and name[0] != "."
+                ]
+        else:
+            found.append(source)
+    return found
+
+
+def with_stems(pictures: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Each picture with the stem of its outputs: no two alike."""
+    taken: set[str] = set()
+    for picture in pictures:
+        stem = layout.output_stem(picture.name, taken)
+        taken.add(layout.same_stem(stem + "."))
+        yield picture, stem
+
+
+def crop(arguments: argparse.Namespace) -> int:
+    """``fastsd crop SRC… --out DIR``."""
+    out: Path = arguments.out.absolute()
+    payloads = [
+        {
+            "source": os.fspath(picture.resolve()),
+            "output": os.fspath(out / f"{stem}.jpg"),
+            "resolution": arguments.size,
+            "mode": arguments.mode,
+        }
+        for picture, stem in with_stems(pictures_in(arguments.sources))
+    ]
+
+    def row(payload: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+        size = facts.get("written_size") or [None]
+        picked = {"box": facts.get("box"), "subject": facts.get("subject"), "size": size[0]}
+        return {"source": payload["source"], "output": payload["output"], **picked}
+
+    def line(found: Row) -> str:
+        return f"{found['output']}  ({found['subject']})"
+
+    return _run("crop", payloads, out, arguments, row=row, line=line, workers=os.cpu_count() or 1)
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """``fastsd caption SRC… --out DIR``."""
+    out: Path = arguments.out.absolute()
+    from daemon.gates import CaptionGate
+
+    gate = CaptionGate(arguments.captioner, lambda: None, cache_home(os.environ), lambda: 0.0)
+    missing = gate.reason()
+    if missing:
+        return complain(missing, FAILED)
+    payloads = [
+        {
+            "source": os.fspath(picture.resolve()),
+            "text": os.fspath(out / f"{stem}.txt"),
+            "sidecar": os.fspath(out / f"{stem}.json"),
+            "preview": os.fspath(out / f"{stem}.jpg"),
+            "written": None,
+            "captioner": arguments.captioner,
+            "models": None,
+        }
+        for picture, stem in with_stems(pictures_in(arguments.sources))
+    ]
+
+    def row(payload: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+        entities = [{"phrase": entity["phrase"], "box": entity["box"]} for entity in facts.get("entities", [])]
+        told = {"caption": facts.get("caption"), "entities": entities, "seconds": facts.get("seconds")}
+        return {"source": payload["source"], **told}
+
+    def line(found: Row) -> str:
+        return f"{found['source']}: {found['caption']}"
+
+    return _run("caption", payloads, out, arguments, row=row, line=line)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """``fastsd convert SRC DST``."""
+    destination: Path = arguments.destination.absolute()
+    if not arguments.source.is_dir():
+        return complain(
+            f"{arguments.source} is no Diffusers folder. Only Diffusers → one file is there so far.",
+            FAILED,
+        )
+    payload = {
+        "source": os.fspath(arguments.source.absolute()),
+        "output": os.fspath(destination),
+        "dtype": arguments.dtype,
+        "metadata": {},
+        "verify": arguments.verify,
+    }
+
+    def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+        told = {key: facts.get(key) for key in ("family", "prediction", "bytes", "seconds", "verified")}
+        return {"source": asked["source"], "output": asked["output"], **told}
+
+    def line(found: Row) -> str:
+        return f"{found['output']}  ({found['family']}, {found['bytes']:,} bytes, verified: {found['verified']})"
+
+    return _run("convert", [payload], destination.parent, arguments, row=row, line=line)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """``fastsd inspect FILE…``: header only, in this process."""
+    from handlers.models.inspect import inspect as look
+    from sessions.files import sha256_of
+
+    problems = False
+    for file in arguments.files:
+        if not file.exists():
+            problems = True
+            complain(f"{file}: there is no such file", FAILED)
+            continue
+        found = look(file).to_json()
+        if arguments.hash and file.is_file():
+            digest = sha256_of(file)
+            found |= {"sha256": digest, "autov2": digest[:10]}
+        problems = problems or bool(found["problems"])
+        if arguments.json:
+            print_json(found)
+            continue
+        print(found["file"])
+        for key, value in found.items():
+            if key not in ("file", "problems") and value is not None:
+                print(f"  {key:<11} {value}")
+        for problem in found["problems"]:
+            print(f"  problem     {problem}")
+    return FAILED if problems else DONE
+
+
+def _run(
+    kind: str,
+    payloads: Sequence[Mapping[str, Any]],
+    out: Path,
+    arguments: argparse.Namespace,
+    *,
+    row: Callable[[Mapping[str, Any], Mapping[str, Any]], Row],
+    line: Callable[[Row], str],
+    workers: int = 1,
+) -> int:
+    """Run payloads and print a row each, as they end."""
+    from daemon.oneoff import run_payloads
+    from daemon.slots import WorkerSettings
+    from daemon.terminal import display_for_terminal
+    from handlers.kinds import KINDS
+
+    if not payloads:
+        return complain("no pictures were found there", USAGE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return complain(f"{out} cannot be made: {error.strerror}", FAILED)
+    display = display_for_terminal()
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="fastsd-") as logs:
+        settings = WorkerSettings(cache_home(os.environ), Path(logs))
+        subjects = [Path(str(payload["source"])).name for payload in payloads]
+        try:
+            for index, outcome in run_payloads(
+                KINDS[kind],
+                payloads,
+                settings,
+                workers=workers,
+                on_progress=lambda number, report: display.show(number, kind, subjects[number], report),
+            ):
+                display.end(index)
+                if outcome.state == "done":
+                    found = row(payloads[index], outcome.facts)
+                    print_json(found) if arguments.json else print(line(found), flush=True)
+                    continue
+                failed = True
+                refusal = outcome.refusal
+                code = refusal.code if refusal else str(outcome.error.get("type") or outcome.state)
+                reason = str(refusal) if refusal else outcome.reason or str(outcome.error.get("message") or "stopped")
+                if arguments.json:
+                    print_json({"source": payloads[index]["source"], "error": code, "reason": reason})
+                else:
+                    print(f"fastsd: {payloads[index]['source']}: {reason}", file=sys.stderr)
+        finally:
+            display.close()
+    return FAILED if failed else DONE

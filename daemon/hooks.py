@@ -1,0 +1,110 @@
+"""What the dispatcher asks of the tree and tells it: payloads, gates, outcomes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from daemon import outcomes
+from daemon.gates import Gates
+from daemon.jobs import Job
+from daemon.ledger import Hooks
+from daemon.prepare import Gone, Preparer
+from daemon.session import Sessions
+from daemon.terminal import ProgressDisplay
+from handlers.outcome import Outcome
+
+log = logging.getLogger(__name__)
+
+
+class TreeHooks(Hooks):
+    """The dispatcher's hooks for a tree.
+
+    Args:
+        preparer: makes payloads.
+        sessions: the tree's sessions.
+        gates: what cannot start now.
+        make_room: called before a run starts: the WebUI gives way.
+        ended: called with (kind, session folder) after an outcome was recorded.
+        display: shows progress on a terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        preparer: Preparer,
+        sessions: Sessions,
+        gates: Gates,
+        make_room: Callable[[], Awaitable[None]],
+        ended: Callable[[str, str], None],
+        display: ProgressDisplay,
+    ) -> None:
+        self._preparer = preparer
+        self._sessions = sessions
+        self._gates = gates
+        self._make_room = make_room
+        self._ended = ended
+        self._display = display
+
+    async def prepare(self, job: Job) -> Mapping[str, Any] | None:
+        """The payload in absolute paths; None when the job has nothing to do any more."""
+        try:
+            return self._preparer.payload(job.kind, job.session, job.payload)
+        except Gone as gone:
+            log.info("%s of %s is not wanted any more: %s", job.kind, job.subject, gone)
+            return None
+
+    def may_start(self, kind: str) -> bool:
+        """Whether the kind's gate is open."""
+        return self._gates.reason(kind) is None
+
+    async def before_start(self, kind: str) -> None:
+        """Have the WebUI give way to training."""
+        if kind == "train":
+            await self._make_room()
+
+    def on_progress(self, job: Job, progress: Mapping[str, Any]) -> None:
+        """Show how far a job is."""
+        self._display.show(job.id, job.kind, job.subject, progress)
+
+    async def on_outcome(self, job: Job, outcome: Outcome) -> None:
+        """Write into the session what became of a job."""
+        self._display.end(job.id)
+        log.log(
+            logging.WARNING if outcome.state in ("failed", "refused") else logging.INFO,
+            "%s of %s: %s%s",
+            job.kind,
+            job.subject,
+            outcome.state,
+            f" ({_why(outcome)})" if _why(outcome) else "",
+        )
+        try:
+            session = self._sessions.by_id(job.session)
+        except LookupError:
+            return
+        final = outcome.state == "failed" and job.last_attempt
+        match outcome.state:
+            case "done":
+                paths = [str(path) for path in outcome.outputs]
+                outcomes.record_done(session, job.kind, job.payload, outcome.facts, paths)
+                if job.kind == "convert":
+                    outcomes.tidy_after_convert(session, job.payload)
+            case "refused" if outcome.refusal is not None:
+                outcomes.record_refused(session, job.kind, job.payload, outcome.refusal)
+            case "failed" if final:
+                message = str(outcome.error.get("message", "it failed"))
+                outcomes.record_failed(session, job.kind, job.payload, message)
+                if job.kind == "train":
+                    outcomes.record_ended_run(session, job.payload, "failed", message)
+            case "cancelled" if job.kind == "train":
+                outcomes.record_ended_run(session, job.payload, "cancelled", "cancelled")
+            case _:
+                pass
+        self._ended(job.kind, session.path)
+
+
+def _why(outcome: Outcome) -> str:
+    if outcome.refusal is not None:
+        return str(outcome.refusal)
+    return outcome.reason or str(outcome.error.get("message", ""))

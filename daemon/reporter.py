@@ -1,0 +1,203 @@
+"""Tells people what is going on: writes STATUS.txt where something changed, and the snapshot of ``fastsd status``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from daemon.jobs import Job, JobState
+from daemon.planner import Plan, standing_errors
+from daemon.session import Session
+from daemon.status import describe_session, local_now, session_json, write_status
+from daemon.tree import State as TreeState
+from sessions.errors import error_path, error_text
+from sessions.files import write_json, write_text
+from sessions.layout import Role, place_of
+from sessions.refusal import Refusal
+from sessions.status import SessionStatus
+
+if TYPE_CHECKING:
+    from daemon.app import Daemon
+
+log = logging.getLogger(__name__)
+# A synced Drive sends every new version of STATUS.txt over the network: there, seldom.
+_SECONDS_WITH_EVENTS = 2.0
+_SECONDS_WITHOUT_EVENTS = 30.0
+_FAILED: tuple[JobState, ...] = ("failed",)
+_OPEN_STATES: tuple[JobState, ...] = ("ready", "running", "waiting", "failed")
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What lies in a session, counted once until something there changes."""
+
+    pictures: int
+    others: tuple[str, ...]
+
+
+class Reporter:
+    """Writes what people see.
+
+    Attributes:
+        plans: the latest plan of each session's folder.
+        news: set when something changed that people should see.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._surveys: dict[str, _Survey] = {}
+        self._changed: set[str] = set()
+        self._since = local_now().isoformat(timespec="seconds")
+        self._last_snapshot: dict[str, Any] = {}
+        self.plans: dict[str, Plan] = {}
+        self.news = asyncio.Event()
+
+    def changed(self, session: str) -> None:
+        """Files of a session changed: count anew."""
+        self._surveys.pop(session, None)
+        self.outcome(session)
+
+    def outcome(self, session: str) -> None:
+        """Something became of a session's jobs."""
+        self._changed.add(session)
+        self.news.set()
+
+    async def run(self) -> None:
+        """Write until cancelled: soon after news, and then not again for a while."""
+        while True:
+            running = bool(self._daemon.dispatcher.running)
+            with suppress(TimeoutError):
+                # While jobs run, their progress is news of its own.
+                await asyncio.wait_for(self.news.wait(), self._pause() if running else None)
+            self.news.clear()
+            try:
+                self.write()
+            except OSError as error:
+                log.warning("the status cannot be written: %s", error)
+            await asyncio.sleep(self._pause())
+
+    def _pause(self) -> float:
+        return _SECONDS_WITH_EVENTS if self._daemon.has_events else _SECONDS_WITHOUT_EVENTS
+
+    def write(self) -> None:
+        """Write STATUS.txt of every session with news or running jobs, and the snapshot."""
+        if self._daemon.tree.state is TreeState.UNREACHABLE:
+            return
+        due = set(self._changed)
+        self._changed.clear()
+        for entry in self._daemon.dispatcher.running:
+            with suppress(LookupError, OSError):
+                due.add(self._daemon.sessions.by_id(entry.job.session).path)
+        for path in due:
+            status = self._status(path)
+            if status is not None:
+                write_status(status[0], status[1], local_now())
+        self._tell_unwritable()
+        write_json(self._daemon.state.snapshot, self.snapshot())
+
+    def last_words(self) -> None:
+        """The daemon stops: say so wherever something is not done."""
+        self._changed |= {path for path in self._daemon.sessions if path in self.plans}
+        with suppress(OSError):
+            for path in list(self._changed):
+                status = self._status(path)
+                if status is not None:
+                    session, told = status
+                    busy = not told.state.startswith(("idle", "done"))
+                    stopped = replace(told, state=f"stopped; was: {told.state}") if busy else told
+                    write_status(session, stopped, local_now())
+            write_json(self._daemon.state.snapshot, self.snapshot())
+
+    def _tell_unwritable(self) -> None:
+        """A session's folder that cannot be written: told beside the folder, where somebody may look."""
+        for path, why in self._daemon.sessions.unwritable.items():
+            folder = self._daemon.root / path
+            refusal = Refusal(
+                "unwritable",
+                f"fastsd cannot write into this folder: {why}.",
+                "Give the user that fastsd runs as the right to write there; it then goes on by itself.",
+            )
+            try:
+                write_text(error_path(folder), error_text(folder.name, refusal))
+            except OSError as error:
+                log.warning("%s: %s (and this cannot be told beside it: %s)", folder, refusal, error)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything ``fastsd status`` shows, as JSON values."""
+        daemon = self._daemon
+        tree = daemon.tree
+        found = [self._status(path) for path in daemon.sessions]
+        paused = sorted(daemon.dispatcher.paused)
+        return {
+            "root": os.fspath(daemon.root),
+            "state": f"paused ({', '.join(paused)})" if paused else str(tree.state.value),
+            "pid": os.getpid(),
+            "since": self._since,
+            "at": local_now().isoformat(timespec="seconds"),
+            "tree": {
+                "state": str(tree.state.value),
+                "reason": tree.reason,
+                "events": tree.has_events,
+                "files": tree.files,
+                "folders": tree.folders,
+                "unsettled": tree.unsettled,
+                "skipped": dict(tree.skipped),
+                "unreadable": dict(tree.unreadable),
+            },
+            "gates": {**daemon.gates.closed(), **daemon.dispatcher.held()},
+            "webui": daemon.webui.describe(),
+            "jobs": {kind: dict(counts) for kind, counts in daemon.queue.counts().items()},
+            "sessions": [session_json(session, status) for session, status in filter(None, found)],
+            "unwritable": dict(daemon.sessions.unwritable),
+        }
+
+    def _status(self, path: str) -> tuple[Session, SessionStatus] | None:
+        daemon = self._daemon
+        try:
+            session = daemon.sessions.at(path)
+        except OSError:
+            return None
+        survey = self._survey(session)
+        status = describe_session(
+            session,
+            self._jobs(session),
+            self.plans.get(path, Plan()),
+            survey.pictures,
+            gates=daemon.gates.closed(),
+            others=survey.others,
+        )
+        return session, status
+
+    def _jobs(self, session: Session) -> Sequence[Job]:
+        live = {entry.job.id: entry.progress for entry in self._daemon.dispatcher.running}
+        jobs = self._daemon.queue.jobs(session=session.id, states=_OPEN_STATES)
+        return [replace(job, progress=live[job.id]) if live.get(job.id) else job for job in jobs]
+
+    def _survey(self, session: Session) -> _Survey:
+        if session.path not in self._surveys:
+            pictures, others = 0, []
+            for fact in self._daemon.index.under(session.path):
+                place = place_of(fact.path, self._daemon.router.shape)
+                if place is None or place.session != session.path:
+                    continue
+                pictures += place.role is Role.PICTURE
+                if place.role is Role.OTHER:
+                    others.append(place.relative)
+            skipped = self._daemon.tree.skipped
+            others += [session.relative(path) for path in skipped if path.startswith(session.tree_path(""))]
+            self._surveys[session.path] = _Survey(pictures, tuple(others))
+        return self._surveys[session.path]
+
+    def exit_code(self) -> int:
+        """0, or 1 when something failed: jobs, files with a standing error, folders that cannot be used."""
+        daemon = self._daemon
+        if daemon.tree.state is TreeState.UNREACHABLE or daemon.sessions.unwritable or daemon.tree.unreadable:
+            return 1
+        if daemon.queue.jobs(states=_FAILED):
+            return 1
+        return int(any(standing_errors(daemon.sessions.at(path)) for path in daemon.sessions))

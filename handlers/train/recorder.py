@@ -1,0 +1,166 @@
+"""What happens between two steps: progress, metrics, checkpoints, samples, and the wish to stop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from handlers.context import JobContext, Stopping
+from handlers.train import charts, checkpoint
+from handlers.train.auto import Plan
+from handlers.train.loop import Done
+from handlers.train.place import Place, folder_in
+from handlers.train.run import RunFolder
+from sessions.layout import PREVIEWS
+
+_FLUSH_SECONDS = 5.0
+_CHART_SECONDS = 30.0
+
+
+class Recorder:
+    """Keeps what a run shows and what it resumes from.
+
+    Args:
+        context: the job.
+        place: the session.
+        run: the run's folder.
+        plan: the run's plan.
+        draw: draws samples of the models as they are; an empty list where it was stopped.
+        spent: seconds that earlier processes spent on this run.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        place: Place,
+        run: RunFolder,
+        plan: Plan,
+        *,
+        draw: Callable[[], list[Image.Image]],
+        spent: float,
+    ) -> None:
+        self._context = context
+        self._place = place
+        self._run = run
+        self._plan = plan
+        self._draw = draw
+        self._began = time.monotonic() - spent
+        self._saved = self._flushed = self._charted = time.monotonic()
+        self._durations: deque[float] = deque(maxlen=50)
+        self._losses: deque[float] = deque(maxlen=50)
+        self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on this run, those of earlier processes included."""
+        return time.monotonic() - self._began
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Take note of a step, and save, draw or stop if it is time.
+
+        Args:
+            done: the step.
+            finished_parts: tensors of earlier stages that a checkpoint needs too.
+
+        Raises:
+            Cancelled, Stopping: as the daemon wishes; the state is saved before ``Stopping``.
+        """
+        now = time.monotonic()
+        self._durations.append(now - self._last)
+        self._losses.append(done.loss)
+        self._note(done)
+        is_last = done.step == done.stage.steps
+        stopping = self._context.is_stopping()
+        if not is_last and (stopping or self._is_due(done.total)):
+            self.save(done.total, done.stage.number, {**finished_parts, **_parts(done)})
+        if stopping and not is_last:
+            raise Stopping
+        if now - self._flushed > _FLUSH_SECONDS:
+            self._run.flush()
+            self._flushed = now
+        every = self._plan.sample_every
+        if done.stage.number == 2 and not is_last and every and done.step % every == 0:
+            self.show(done.total)
+        elif now - self._charted > _CHART_SECONDS:
+            self.chart()
+        self._last = time.monotonic()
+
+    def stop_if_wished(self) -> None:
+        """Raise ``Stopping`` if the daemon stops; the caller has just saved."""
+        if self._context.is_stopping():
+            raise Stopping
+
+    def _note(self, done: Done) -> None:
+        total = self._plan.total_steps
+        seconds = sum(self._durations) / len(self._durations)
+        logged = ""
+        if done.step in (1, done.stage.steps) or done.total % max(1, total // 100) == 0:
+            logged = f"step {done.total}/{total} stage {done.stage.number} loss {done.loss:.5f}"
+        row = {"step": done.total, "stage": done.stage.number, "loss": done.loss, "learning_rate": done.rate}
+        self._run.add_step(row, logged)
+        self._context.progress(
+            done.total,
+            total,
+            done.stage.title,
+            loss=sum(self._losses) / len(self._losses),
+            seconds_per_step=seconds,
+            eta=seconds * (total - done.total),
+            stage=done.stage.number,
+        )
+
+    def _is_due(self, total: int) -> bool:
+        if self._plan.checkpoint_steps is not None:
+            return total % self._plan.checkpoint_steps == 0
+        return time.monotonic() - self._saved >= (self._plan.checkpoint_seconds or 600.0)
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Write a checkpoint; the metrics up to it are on the disk before it is."""
+        self._run.flush()
+        state = {"run": self._run.run, "stage": stage, "seconds": self.seconds}
+        folder = self._place.write(lambda session: checkpoint.save(session, total, parts, state))
+        self._run.log(f"saved {folder.name}")
+        self._saved = self._flushed = time.monotonic()
+
+    def show(self, total: int) -> None:
+        """Draw samples and the loss curve into previews/."""
+        pictures = self._draw()
+        if pictures:
+            prompts = self._plan.prompts
+            shown = [prompts[index % len(prompts)] for index in range(len(pictures))]
+            sheet = charts.grid(pictures, shown, columns=len(prompts))
+            self._place.write(
+                lambda session: charts.write_grid(folder_in(session, PREVIEWS) / sample_name(total), sheet),
+            )
+        self.chart()
+
+    def chart(self) -> None:
+        """Draw the loss curve into previews/loss.png."""
+        rows = self._run.metrics()
+        if rows:
+            self._place.write(lambda session: charts.write_loss_curve(folder_in(session, PREVIEWS) / "loss.png", rows))
+        self._charted = time.monotonic()
+
+
+def sample_name(total: int) -> str:
+    """The name of the sample grid of a step."""
+    return f"samples-step-{total}.jpg"
+
+
+def last_sample(session: Path, total: int) -> Path | None:
+    """The sample grid of the last step, if one was drawn."""
+    path = session / PREVIEWS / sample_name(total)
+    return path if path.is_file() else None
+
+
+def _parts(done: Done) -> dict[str, dict[str, torch.Tensor]]:
+    modules: dict[str, Any] = dict(done.stage.trained)
+    return {
+        **{name: module.state_dict() for name, module in modules.items()},
+        "optimizer": done.optimizer_state(),
+    }

@@ -1,0 +1,86 @@
+"""Pictures drawn while a model trains: the same prompts and the same noise each time, so that they can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+
+GUIDANCE = 7.5
+STEPS = 20
+
+
+def draw(
+    pipeline: Any,
+    unet: Any,
+    text_encoder: Any,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    resolution: int,
+    device: str,
+    should_stop: Callable[[], bool],
+) -> list[Image.Image]:
+    """Draw each prompt with each seed, prompts first.
+
+    Args:
+        pipeline: gives VAE, tokenizer and schedule.
+        unet: the UNet as it is now; its mode is put back afterwards.
+        text_encoder: the text encoder as it is now.
+        prompts: what to draw.
+        seeds: one picture each.
+        resolution: pixels of a side.
+        device: where to compute.
+        should_stop: asked after every denoising step.
+
+    Returns:
+        The pictures; none when it was stopped.
+    """
+    sampler = StableDiffusionPipeline(
+        vae=pipeline.vae.to(device),
+        text_encoder=text_encoder,
+        tokenizer=pipeline.tokenizer,
+        unet=unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    sampler.set_progress_bar_config(disable=True)
+    stopped = False
+
+    def after_step(running: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal stopped
+        stopped = stopped or should_stop()
+        running._interrupt = stopped  # noqa: SLF001 - the documented way to end a diffusers pipeline early
+        return values
+
+    trained = unet.training, text_encoder.training
+    place = next(text_encoder.parameters()).device
+    unet.eval()
+    text_encoder.to(device).eval()
+    pictures: list[Image.Image] = []
+    try:
+        for seed in seeds:
+            for prompt in prompts:
+                if stopped:
+                    return []
+                with torch.no_grad():
+                    drawn = sampler(
+                        prompt,
+                        height=resolution,
+                        width=resolution,
+                        num_inference_steps=STEPS,
+                        guidance_scale=GUIDANCE,
+                        generator=torch.Generator().manual_seed(seed),
+                        callback_on_step_end=after_step,
+                    )
+                pictures.append(drawn.images[0])
+    finally:
+        unet.train(trained[0])
+        text_encoder.train(trained[1]).to(place)
+        pipeline.vae.to("cpu")
+    return [] if stopped else pictures

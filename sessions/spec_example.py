@@ -1,0 +1,48 @@
+"""The text of ``train.example.yaml``, for people who cannot make a YAML file: renamed, it starts training."""
+
+# Lines with one # are keys with their defaults: without the # they say what an empty file says. ## are remarks.
+EXAMPLE = """\
+## Rename this file to train.yaml (or copy it under that name): training starts.
+## As it is, everything is decided for you. To decide something yourself, remove the # in front of it.
+
+## The words to use
+#instance: auto         # the word that will mean your subject, like zwx. auto: what your pictures' names share;
+#                       # filename: each picture's own name, for several subjects in one model
+#class: auto            # what it is: person, dog, car ...
+#concept: auto          # object | face | style
+#captions: auto         # true | false: teach with the texts in captions/
+#name: null             # what the model's file is called; null: like this folder
+
+## What to train
+#base: auto             # miniature | sd15 | the name of a file or folder under Models/
+#method: auto           # dreambooth (two stages)
+#resolution: auto       # pixels, like 512
+#crop: smart            # smart | centre | off
+#buckets: false
+#text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
+#unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
+#lora: {rank: 16, alpha: 16}
+#prior: {images: 0, weight: 1.0}
+
+## How to train
+#optimizer: auto
+#schedule: linear       # linear | cosine | constant
+#batch_size: 1
+#precision: auto        # fp32 | fp16 | bf16
+#memory: auto
+#seed: 7
+#offset_noise: auto     # 0.1 for styles
+#min_snr: null
+#ema: false
+#vae: auto
+
+## What to see and keep
+#checkpoint_every: 10min   # or a number of steps
+#sample_every: auto        # pictures in previews/ while it trains: a number of steps, 0 for none
+#prompts: auto             # what they show, like ["a photo of zwx dog", "zwx dog on the moon"]
+#save_every: 0
+#save_from: 0
+#continue: null
+#publish: true             # into the WebUI when done
+#start: auto               # now: do not wait until all pictures have arrived
+"""

@@ -1,0 +1,1 @@
+"""How the miniatures are trained: one command each, on CPU or GPU, resumable at any moment."""
