@@ -5,6 +5,7 @@ Called before the queue forgets the job, so that a kill in between repeats the j
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -38,10 +39,9 @@ def record_done(
             record[key] = stored[key]
     record |= facts
     record["outputs"] = [session.inside(Path(output)) for output in outputs]
-    if "finished" in record:
-        record["finished"] = session.inside(Path(record["finished"]))
-    if isinstance(record.get("model"), dict) and record["model"].get("preview"):
-        record["model"] = {**record["model"], "preview": session.inside(Path(record["model"]["preview"]))}
+    for key in ("finished", "preview"):
+        if record.get(key):
+            record[key] = session.inside(Path(record[key]))
     records = [record]
     subject = subject_file(kind, stored)
     refusal = session.manifest.get("refused", subject) if subject else None
@@ -116,8 +116,18 @@ def tidy_after_convert(session: Session, stored: Mapping[str, Any]) -> None:
     shutil.rmtree(session.folder / layout.PRIVATE / "frozen" / stored["run"], ignore_errors=True)
     checkpoints = session.folder / layout.CHECKPOINTS
     for folder in checkpoints.glob("step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if _run_of(folder) in (stored["run"], None):
+            shutil.rmtree(folder, ignore_errors=True)
     sweep_temporaries(checkpoints)
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    """The run that a checkpoint belongs to; None where it does not say."""
+    try:
+        value = json.loads((checkpoint / "state.json").read_bytes())
+        return str(value["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def forget_picture(session: Session, relative: str, today: date) -> None:

@@ -90,7 +90,8 @@ class Planner:
 
     def spec_of(self, session: Session) -> str | None:
         """The name of the train.yaml that lies in a session, settled; None when there is none."""
-        return next((name for name in layout.SPEC_NAMES if self.index.lookup(session.tree_path(name))), None)
+        names = [name for name in self.index.known(session.path) if layout.is_spec_name(name)]
+        return min(names, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
 
     def _plan_run(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
         name = self.spec_of(session)

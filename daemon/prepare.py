@@ -135,14 +135,13 @@ class Preparer:
         }
 
     def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
-        model = stored["model"]
-        name = layout.model_stem(model.get("name") or session.name, stored["run"])
-        preview = model.get("preview")
+        metadata, preview = stored.get("metadata", {}), stored.get("preview")
+        name = layout.model_stem(metadata.get("title") or session.name, stored["run"])
         return {
             "source": os.fspath(session.folder / stored["finished"]),
             "output": os.fspath(session.folder / f"{name}.safetensors"),
             "dtype": None,
-            "metadata": model.get("metadata", {}),
+            "metadata": metadata,
             "run": stored["run"],
             "verify": "forward",
             "preview": os.fspath(session.folder / preview) if preview else None,

@@ -105,6 +105,11 @@ class JobReader:
             found.setdefault(session, {})[state] = number
         return found
 
+    def unfinished(self, before: float) -> int:
+        """How many jobs run, or are ready to start before a time; those that wait do not count."""
+        sql = "SELECT count(*) FROM job WHERE state='running' OR state='ready' AND run_at<=?"
+        return int(self._rows(sql, (before,))[0][0])
+
     def next_run_at(self, kinds: Collection[str] | None = None, after: float = 0.0) -> float | None:
         """When the next job that is ready or waits may start; None when there is none.
 

@@ -156,10 +156,7 @@ class Router:
         """Look at everything in the index anew: at start, and when sessions begin elsewhere than before."""
         self.reroute_wanted = False
         self._spec_folders = {
-            folder
-            for folder in self._index.folders()
-            for name in layout.SPEC_NAMES
-            if self._index.lookup(f"{folder}/{name}" if folder else name)
+            folder for folder in self._index.folders() if any(map(layout.is_spec_name, self._index.known(folder)))
         }
         self._learn_shape(())
         self.reroute_wanted = False

@@ -167,7 +167,7 @@ def convert_requests(session: Session) -> list[JobRequest]:
             "convert",
             session.id,
             f"model of run {record['run']}",
-            {"run": record["run"], "finished": record["finished"], "model": record.get("model", {})},
+            {key: record[key] for key in ("run", "finished", "metadata", "preview") if record.get(key)},
         )
         for record in session.manifest.of_kind("train")
         if record.get("state") == "finished" and session.manifest.get("convert", record["run"]) is None

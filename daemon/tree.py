@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 _STEP_SECONDS = 0.01
 _CROWD = 128
+# A scan that found so many new files pauses until some have settled: memory, once taken, is not all given back.
+_WAITING_AT_MOST = 10_000
 _CONFIRM_SECONDS = 2.0
 _RESCAN_SECONDS = 300.0
 # A rescan costs at most a thousandth of a core where events come, a twentieth where none do.
@@ -140,7 +142,8 @@ class TreeWatch:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watch")
 
         file_system = file_system_type(self._root, read_mounts())
-        self._wants_events = settings.events == "native" or (settings.events == "auto" and sends_events(file_system))
+        self._tells_all = sends_events(file_system)
+        self._wants_events = settings.events == "native" or (settings.events == "auto" and self._tells_all)
         self._scanner = Scanner(
             self._root,
             index,
@@ -253,19 +256,20 @@ class TreeWatch:
             self._thread.shutdown(cancel_futures=True)
 
     async def _round(self) -> bool:
-        """Do what is to be done now; returns whether a scan is under way or asked for."""
+        """Do what is to be done now; returns whether a scan is under way or asked for, and can go on at once."""
         await self._follow_hints()
         if not await self._deliveries.hand_on_due(self._trusted):
             self._found_all = False
             self._wanted.add("")
         if self._walk is None:
             self._walk = await self._begin_walk()
-        if self._walk is not None and await self._step(self._walk):
+        has_room = len(self._deliveries) < _WAITING_AT_MOST
+        if self._walk is not None and has_room and await self._step(self._walk):
             walk, self._walk = self._walk, None
             await self._finish(walk)
         if self._found_all and self._deliveries.has_awaited:
             self.first_scan.set()
-        return self._walk is not None or bool(self._wanted)
+        return has_room and (self._walk is not None or bool(self._wanted))
 
     async def _sleep(self) -> None:
         seconds = self._next_scan - self._clock()
@@ -348,7 +352,7 @@ class TreeWatch:
             vanished=missed,
             files=walk.report.files if is_full else walk.known - missed,
             same_root=walk.same_root,
-            has_events=self.has_events,
+            has_events=self.has_events and self._tells_all,
         )
         trust = Trust.FULL if self._accept_losses and is_full else verdict.trust
         if trust is Trust.NONE:

@@ -100,8 +100,8 @@ def is_picture_name(name: str) -> bool:
 
 
 def is_spec_name(name: str) -> bool:
-    """Whether a file of this name starts training."""
-    return name in SPEC_NAMES
+    """Whether a file of this name starts training. Phones like to begin names with a capital."""
+    return name.lower() in SPEC_NAMES
 
 
 def session_folder_of(path: str, shape: Shape) -> str | None:
@@ -157,8 +157,8 @@ def _role_of(relative: str) -> Role:
         return Role.PICTURE
     if lower.endswith(".txt"):
         return Role.CAPTION
-    if folders and folders[0] == CAPTIONS and lower.endswith(".json"):
-        return Role.OWN
+    if lower.endswith(".json") and (not folders or folders[0] == CAPTIONS):
+        return Role.OWN  # sidecars of models and of captions
     if not folders and os.path.splitext(lower)[1] in MODEL_SUFFIXES:
         return Role.MODEL
     return Role.OTHER

@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import struct
-import time
 import zlib
 from pathlib import Path
 from threading import Thread
@@ -127,15 +126,13 @@ def test_truncated_file_is_no_model(tmp_path: Path) -> None:
 
 def test_refresh_waits_behind_a_picture(tmp_path: Path) -> None:
     write_model(tmp_path / "a.safetensors", 1)
-    with webui(tmp_path, "--picture-seconds", "0.5") as server:
+    with webui(tmp_path, "--picture-seconds", "1") as server:
         drawing = Thread(target=draw, args=(server.client,))
         drawing.start()
         until(lambda: not server.client.idle())
-        started = time.monotonic()
         server.client.refresh()
-        drawing.join()
-        assert time.monotonic() - started > 0.2
         assert server.client.idle()
+        drawing.join()
 
 
 def test_interrupt_ends_a_picture(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class WebUISupervisor:
     async def _supervise(self) -> None:
         crashes = CrashLoop(**vars(self._limits.crashes))
         while True:
-            await asyncio.to_thread(leftovers.end, self._mark)
+            await asyncio.to_thread(leftovers.end, self._mark, self._limits.signal)
             if await self._somebody_else():
                 continue
             started = time.monotonic()

@@ -27,7 +27,7 @@ class CaptionRequest:
 
     Attributes:
         source: the picture.
-        text: captions/<stem>.txt.
+        text: captions/<stem>.txt; None where a person's text beside the picture is known to stand in its place.
         sidecar: captions/<stem>.json.
         preview: previews/<stem>.jpg.
         written: the sha256 of the last text that fastsd wrote to ``text``, None if it never did.
@@ -37,7 +37,7 @@ class CaptionRequest:
     """
 
     source: Path
-    text: Path
+    text: Path | None
     sidecar: Path
     preview: Path
     written: str | None
@@ -48,10 +48,10 @@ class CaptionRequest:
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> CaptionRequest:
         """Read a payload."""
-        models = payload.get("models")
+        text, models = payload["text"], payload.get("models")
         return cls(
             source=Path(payload["source"]),
-            text=Path(payload["text"]),
+            text=Path(text) if text else None,
             sidecar=Path(payload["sidecar"]),
             preview=Path(payload["preview"]),
             written=payload.get("written"),
@@ -192,10 +192,10 @@ def _finish(item: _Prepared, said: Spoken, model: registry.Model) -> JobResult:
     outputs = [request.sidecar, request.preview]
     text_sha256 = standing.ours
     if standing.writable:
-        files.write_bytes(request.text, content)
+        files.write_bytes(standing.text, content)
         text_sha256 = captions.sha256_of(content)
     if text_sha256:
-        outputs.append(request.text)
+        outputs.append(standing.text)
     facts = {
         "sha256": item.source.sha256,
         "caption": caption,
@@ -212,25 +212,30 @@ class _Standing:
     """Whose text stands.
 
     Attributes:
-        ours: the sha256 of our own text at ``text``; None where nothing or a person's text lies there.
+        text: captions/<stem>.txt.
+        ours: the sha256 of our own text there; None where nothing or a person's text lies there.
         writable: whether we may write: nothing lies there or ours does, and no person's text lies beside the picture.
     """
 
+    text: Path
     ours: str | None
     writable: bool
 
 
 def _standing(request: CaptionRequest) -> _Standing:
-    if os.path.lexists(request.text) and not request.text.is_file():
-        return _Standing(None, writable=False)  # a folder or a pipe of that name is no business of ours
-    there = _content(request.text)
+    # An older text of ours may lie there even where a person's now wins: it stays known as ours.
+    text = request.text or request.sidecar.with_suffix(".txt")
+    if os.path.lexists(text) and not text.is_file():
+        return _Standing(text, None, writable=False)  # a folder or a pipe of that name is no business of ours
     beside = request.source.with_suffix(".txt")
-    persons = beside != request.text and captions.first_line(_content(beside) or b"") is not None
+    said_beside = beside != text and captions.first_line(_content(beside) or b"") is not None
+    persons = request.text is None or said_beside
+    there = _content(text)
     if there is None:
-        return _Standing(None, not persons)
+        return _Standing(text, None, not persons)
     if captions.is_ours(there, {request.written, *_recorded(request.sidecar)}):
-        return _Standing(captions.sha256_of(there), not persons)
-    return _Standing(None, writable=False)
+        return _Standing(text, captions.sha256_of(there), not persons)
+    return _Standing(text, None, writable=False)
 
 
 def _content(path: Path) -> bytes | None:

@@ -51,8 +51,8 @@ def _dtype_of(file: Path) -> torch.dtype:
 
 
 def _components(file: Path, source: Path, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
-    settings: dict[str, Any] = {"config": str(source), "local_files_only": True, "torch_dtype": dtype}
-    folder: dict[str, Any] = {"local_files_only": True, "torch_dtype": dtype}
+    settings: dict[str, Any] = {"config": str(source), "local_files_only": True, "dtype": dtype}
+    folder: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
 
     def single(load: Any, **more: Any) -> Any:
         try:

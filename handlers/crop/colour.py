@@ -22,7 +22,7 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     Transparency lies on ``GROUND``.
 
     Returns:
-        The picture (the given one, where nothing had to change), and a sentence if its colour profile could not be used.
+        The picture (the given one, if nothing had to change), and a sentence if its colour profile could not be used.
     """
     profile = image.info.get("icc_profile")
     if image.mode in _DEEP_MODES:

@@ -217,6 +217,9 @@ def _decoding(notes: list[str]) -> Iterator[None]:
     finally:
         Image.MAX_IMAGE_PIXELS = before
     for warning in caught:
+        if not issubclass(warning.category, UserWarning):  # about our code, not about the file
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            continue
         text = " ".join(str(warning.message).split())
         notes.append(f"The file has a defect that was worked around: {text}")
 

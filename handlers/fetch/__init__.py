@@ -1,0 +1,54 @@
+"""Downloads: models of the hub by name, model files by address. Resumed, checked, and never visible half."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from handlers.models import catalogue, miniature, registry
+from sessions.refusal import Refusal
+
+Progress = Callable[[float, float], None]
+
+
+def get(name: str, cache: Path, progress: Progress, target: Path | None = None) -> Path:
+    """Fetch a model; what is here already is not fetched again, and what was cut off goes on.
+
+    Args:
+        name: a name of ``registry``, or an https address of a model file.
+        cache: the folder of downloads. A named model comes to lie in ``cache/models/NAME``.
+        progress: called with bytes done and bytes in all (0: not known).
+        target: the folder for a file that is named by its address: the tree's ``Models/``.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        Refusal: no such name, an address that is not taken, a file that is none, not enough room …
+        Waiting: the other side cannot be reached, or wants a permission first; the reason says what helps.
+        OSError: this side's disk.
+    """
+    if "://" in name:
+        from handlers.fetch.http import download
+
+        if target is None:
+            raise Refusal(
+                "download",
+                "A file is fetched into a tree's Models folder.",
+                "Name the tree: --root FOLDER, or run it there.",
+            )
+        return download(name, target, cache / "downloads", progress)
+    entry = catalogue.ENTRIES.get(name.lower())
+    if entry is None:
+        known = ", ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.origin != catalogue.BUILT_IN)
+        raise Refusal("download", f"No model called {name!r} is known.", f"Known: {known}; or give an https address.")
+    if entry.origin == catalogue.BUILT_IN:
+        if entry.name not in miniature.NAMES:
+            raise Refusal("download", f"The model {entry.name} does not exist yet.", "Name another, such as miniature.")
+        return miniature.ensure(entry.name, cache)
+    here = registry.local_copy(entry, cache)
+    if here is not None:
+        return here
+    from handlers.fetch.hub import fetch
+
+    return fetch(entry, cache / "models" / entry.name, progress)

@@ -121,13 +121,13 @@ def _known(entry: Entry, cache: Path) -> Model:
     if entry.origin == catalogue.BUILT_IN:
         path, present = miniature.folder_of(entry.name, cache), entry.name in miniature.NAMES
     else:
-        place = _local_copy(entry, cache)
+        place = local_copy(entry, cache)
         path, present = place or cache / "models" / entry.name, place is not None
     size = size_of(path) if present else entry.bytes
     return Model(entry.name, entry.family, entry.kind, path, entry.resolution, size, entry.origin, present)
 
 
-def _local_copy(entry: Entry, cache: Path) -> Path | None:
+def local_copy(entry: Entry, cache: Path) -> Path | None:
     """The folder of a hub model: where ``fastsd models get`` puts it, else the Hugging Face cache, if complete."""
     ours = cache / "models" / entry.name
     if is_complete(ours, entry):

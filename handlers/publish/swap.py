@@ -79,6 +79,7 @@ def place(model: Path, folder: Path, sha256: str, stem: str, report: Report) -> 
             _place_sidecars(model, folder, stem)
             return Placed(final, sha256, "there")
         _place_sidecars(model, folder, stem)
+        files.sweep_temporaries(folder)  # what a killed copy left
         way: Literal["link", "copy"] = "link" if _link(model, final) else "copy"
         if way == "copy":
             _copy(model, final, sha256, report)

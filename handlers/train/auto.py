@@ -43,6 +43,7 @@ _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
     ("miniature", "dreambooth", None, Amount(10, 40, 100, 5e-5), Amount(60, 250, 600, 2e-4)),
     ("sd1", "dreambooth", None, Amount(35, 200, 450, 1e-6), Amount(150, 750, 3000, 2e-6)),
 )
+_SAMPLES = 2  # halfway and at the end; more where train.yaml asks for them
 _OFFSET_NOISE = {"style": 0.1}
 
 
@@ -171,7 +172,7 @@ def make_plan(
         min_snr=spec.min_snr,
         checkpoint_steps=every if isinstance(every, int) else None,
         checkpoint_seconds=seconds_of(every),
-        sample_every=max(1, -(-unet_steps // 3)) if spec.sample_every == "auto" else spec.sample_every,
+        sample_every=max(1, -(-unet_steps // _SAMPLES)) if spec.sample_every == "auto" else spec.sample_every,
         prompts=() if spec.prompts == "auto" else tuple(spec.prompts),
     )
 

@@ -45,7 +45,7 @@ class BaseModel:
 
     def load_pipeline(self) -> Any:
         """All but the UNet: a pipeline with VAE, text encoder, tokenizer and scheduler, in float32 on the CPU."""
-        common: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True, "safety_checker": None}
+        common: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "safety_checker": None}
         if self.model.path.is_dir():
             pipeline = StableDiffusionPipeline.from_pretrained(
                 self.model.path, unet=None, feature_extractor=None, requires_safety_checker=False, **common
@@ -59,7 +59,7 @@ class BaseModel:
 
     def load_unet(self) -> Any:
         """A fresh UNet of the base, in float32 on the CPU."""
-        common: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True, "subfolder": "unet"}
+        common: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "subfolder": "unet"}
         if self.model.path.is_dir():
             return UNet2DConditionModel.from_pretrained(self.model.path, **common)
         return UNet2DConditionModel.from_single_file(str(self.model.path), config=str(self.config), **common)

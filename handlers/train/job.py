@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,12 @@ class TrainHandler:
         try:
             return _train(context, place, run, base, record)
         except Cancelled:
-            _clean_up(place, run)
+            with suppress(FileNotFoundError):
+                _clean_up(place, run)
+            raise
+        except FileNotFoundError:
+            if place.is_gone():
+                raise Cancelled from None  # someone deleted the session: there is nothing left to train for
             raise
         except Refusal as refusal:
             if refusal.code == "diverged" and (written := run.read_record()):

@@ -1,7 +1,7 @@
 """The training loop. Read it from top to bottom.
 
-The objective is the denoising loss of Ho et al. 2020: predict the noise, or the velocity of Salimans & Ho 2022, that was
-mixed into a latent. What is random comes from ``handlers.train.randomness``, so that step N is the same step
+The objective is the denoising loss of Ho et al. 2020: predict the noise that was mixed into a latent, or the velocity
+of Salimans & Ho 2022. What is random comes from ``handlers.train.randomness``, so that step N is the same step
 whether the process began at 0 or at N.
 """
 

@@ -37,6 +37,14 @@ class Place:
             raise FileNotFoundError(f"the session {self._folder} is gone")
         return self._folder
 
+    def is_gone(self) -> bool:
+        """Whether the session is no longer in the tree."""
+        try:
+            self.now()
+        except FileNotFoundError:
+            return True
+        return False
+
     def write(self, action: Callable[[Path], T]) -> T:
         """Do something in the folder; once more from the start where the folder moved meanwhile.
 

@@ -77,10 +77,12 @@ class Recorder:
         self._note(done)
         is_last = done.step == done.stage.steps
         stopping = self._context.is_stopping()
-        if not is_last and (stopping or self._is_due(done.total)):
+        # The end of stage 1 is saved by whoever knows what is kept of it; the end of the run is its result.
+        ends_stage_1 = is_last and done.stage.number == 1
+        if (stopping and not ends_stage_1) or (not is_last and self._is_due(done.total)):
             self.save(done.total, done.stage.number, {**finished_parts, **_parts(done)})
-        if stopping and not is_last:
-            raise Stopping
+        if not ends_stage_1:
+            self.stop_if_wished()
         if now - self._flushed > _FLUSH_SECONDS:
             self._run.flush()
             self._flushed = now

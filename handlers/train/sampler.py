@@ -65,20 +65,19 @@ def draw(
     pictures: list[Image.Image] = []
     try:
         for seed in seeds:
-            for prompt in prompts:
-                if stopped:
-                    return []
-                with torch.no_grad():
-                    drawn = sampler(
-                        prompt,
-                        height=resolution,
-                        width=resolution,
-                        num_inference_steps=STEPS,
-                        guidance_scale=GUIDANCE,
-                        generator=torch.Generator().manual_seed(seed),
-                        callback_on_step_end=after_step,
-                    )
-                pictures.append(drawn.images[0])
+            if stopped:
+                break
+            with torch.no_grad():
+                drawn = sampler(
+                    list(prompts),
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+                    callback_on_step_end=after_step,
+                )
+            pictures.extend(drawn.images)
     finally:
         unet.train(trained[0])
         text_encoder.train(trained[1]).to(place)

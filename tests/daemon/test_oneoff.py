@@ -106,7 +106,11 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("do", "signals"), [("wait_for_file", [signal.SIGINT]), ("deaf", [signal.SIGTERM] * 2)])
+@pytest.mark.parametrize(
+    ("do", "signals"),
+    # Two of one number, sent at once, are one.
+    [("wait_for_file", [signal.SIGINT]), ("deaf", [signal.SIGTERM, signal.SIGINT])],
+)
 def test_the_first_signal_stops_and_the_second_kills(tmp_path: Path, do: str, signals: list[signal.Signals]) -> None:
     begun = tmp_path / "begun"
     payloads = f'[{{}}, {{"do": "{do}", "file": "{tmp_path}/never", "begun": "{begun}"}}, {{}}]'
@@ -115,10 +119,7 @@ def test_the_first_signal_stops_and_the_second_kills(tmp_path: Path, do: str, si
         until(lambda: begun.exists() and begun.read_text(encoding="ascii"))
         for number in signals:
             process.send_signal(number)
-        assert process.stdout is not None
-        assert (
-            process.stdout.read().splitlines() == ["0 done", "1 stopping", "2 stopping", "interrupted"][::1]
-            or do == "wait_for_file"
-        )
-        assert process.wait(20) == 0
+        told, _ = process.communicate(timeout=20)
+    assert told.splitlines() == ["0 done", "1 stopping", "interrupted"]
+    assert process.returncode == 0
     assert not alive(int(begun.read_text(encoding="ascii")))

@@ -183,6 +183,16 @@ def test_waiting_and_giving_back_are_no_attempts(tmp_path: Path) -> None:
                 queue.give_back(job)
 
 
+def test_what_is_unfinished_and_what_only_waits(tmp_path: Path) -> None:
+    with make(tmp_path) as queue:
+        queue.put([request(name) for name in "abc"] + [request("later", run_at=100)], 0)
+        a, b = queue.claim("cpu", ["crop"], 2, 1, LEASE)
+        queue.wait(a, "because", 5, 1)
+        assert [queue.unfinished(before) for before in (0.5, 50, 100)] == [2, 2, 3]
+        queue.done(b, 2)
+        assert queue.unfinished(50) == 1
+
+
 def test_a_refused_job_keeps_its_reason_and_its_place(tmp_path: Path) -> None:
     refusal = Refusal("corrupt", "The picture is cut off.", "Upload it again.", line=2)
     with make(tmp_path) as queue:
@@ -531,8 +541,14 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_file_says_what_the_model_says(self) -> None:
-        found = {job.key: (job.kind, job.state, job.attempts, job.lease_token) for job in self.queue.jobs()}
-        assert found == {key: (row.kind, row.state, row.attempts, row.token) for key, row in self.rows.items()}
+        found = {
+            job.key: (job.kind, job.state, job.attempts, job.interruptions, job.lease_token, job.run_at)
+            for job in self.queue.jobs()
+        }
+        assert found == {
+            key: (row.kind, row.state, row.attempts, row.interruptions, row.token, row.run_at)
+            for key, row in self.rows.items()
+        }
 
 
 TestQueueMachine = QueueMachine.TestCase

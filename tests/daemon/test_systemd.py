@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +103,7 @@ def test_the_examples_are_what_install_writes(unit: Unit, file: str) -> None:
 
 def settings_of(text: str) -> configparser.SectionProxy:
     parser = configparser.RawConfigParser(strict=False)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.optionxform = str  # type: ignore[assignment]
     parser.read_string(text)
     return parser["Service"]
 
@@ -130,9 +132,9 @@ def test_says_what_the_design_asks_for() -> None:
 
 
 def test_homes_are_readable_where_they_are_needed() -> None:
-    at_home = Unit(**{**vars(SYSTEM), "command": Path("/home/ann/venv/bin/fastsd")})
+    at_home = replace(SYSTEM, command=Path("/home/ann/venv/bin/fastsd"))
     assert settings_of(render_unit(at_home))["ProtectHome"] == "read-only"
-    python_at_home = Unit(**{**vars(SYSTEM), "read": (Path("/home/ann/python/bin/python3.11"),)})
+    python_at_home = replace(SYSTEM, read=(Path("/home/ann/python/bin/python3.11"),))
     assert settings_of(render_unit(python_at_home))["ProtectHome"] == "read-only"
 
 
@@ -144,13 +146,13 @@ def test_homes_are_readable_where_they_are_needed() -> None:
         ({"user": None}, "user"),
     ],
 )
-def test_refuses_what_would_break_out_of_a_line(changes: dict[str, object], words: str) -> None:
+def test_refuses_what_would_break_out_of_a_line(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        render_unit(Unit(**{**vars(SYSTEM), **changes}))  # type: ignore[arg-type]
+        render_unit(replace(SYSTEM, **changes))
 
 
 def test_odd_names_are_quoted() -> None:
-    odd = Unit(**{**vars(SYSTEM), "root": Path('/srv/my "best" 100% $HOME')})
+    odd = replace(SYSTEM, root=Path('/srv/my "best" 100% $HOME'))
     service = settings_of(render_unit(odd))
     assert service["ExecStart"] == r'/usr/local/bin/fastsd up "/srv/my \"best\" 100%% $$HOME"'
     assert service["ReadWritePaths"].startswith(r'"/srv/my \"best\" 100%% $HOME" ')
@@ -162,9 +164,9 @@ def test_odd_names_are_quoted() -> None:
 def test_systemd_accepts_it(tmp_path: Path, unit: Unit, name: str) -> None:
     root = tmp_path / name
     root.mkdir()
-    changes = {"root": root, "command": Path("/bin/true"), "user": "root" if unit.user else None}
+    here = replace(unit, root=root, command=Path("/bin/true"), user="root" if unit.user else None)
     file = tmp_path / NAME
-    file.write_text(render_unit(Unit(**{**vars(unit), **changes})))  # type: ignore[arg-type]
+    file.write_text(render_unit(here))
     done = subprocess.run([str(ANALYZE), "verify", str(file)], capture_output=True, text=True, check=False, timeout=60)
     complaints = [line for line in done.stderr.splitlines() if NAME in line]
     assert complaints == []

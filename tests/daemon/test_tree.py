@@ -255,7 +255,7 @@ def test_a_slow_writer_is_waited_for(mode: Literal["native", "scan"], root: Path
         return subprocess.Popen([sys.executable, "-c", script, str(root / "slow.jpg")])
 
     async def check() -> None:
-        async with watching(root, database, events=mode, settle=0.4) as watched:
+        async with watching(root, database, events=mode, settle=0.8) as watched:
             writer = start_writer()
             await watched.until(lambda: bool(watched.settled))
             assert writer.wait(10) == 0
@@ -268,7 +268,7 @@ def test_a_file_found_at_start_settles_too(root: Path, database: Path) -> None:
     async def check() -> None:
         growing = root / "growing.jpg"
         growing.write_bytes(b"x")
-        async with watching(root, database, settle=0.5, wait=False) as watched:
+        async with watching(root, database, settle=1.0, wait=False) as watched:
             for _ in range(12):
                 await asyncio.sleep(0.1)
                 with growing.open("ab") as file:
@@ -493,7 +493,7 @@ def test_half_a_tree_without_events_is_not_forgotten_but_new_files_go_on(root: P
             (root / "a").rename(root.with_name("away"))
             (root / "new.jpg").write_bytes(b"x")
             await watched.until(lambda: watched.tree.held_back == 30 and watched.counts["new.jpg"] == 1)
-            assert "30 of 3" in watched.tree.reason
+            assert "30 of 3" in watched.tree.reason  # of 31 or 32: new.jpg may be among them by then
             assert watched.vanished == []
             root.with_name("away").rename(root / "a")
             await watched.until(lambda: watched.tree.held_back == 0 and watched.agrees())

@@ -285,6 +285,20 @@ def test_a_persons_line_beside_the_picture_stands_alone(job: Callable[..., JobCo
     assert handler().run(job(source)).facts["text_sha256"]
 
 
+def test_without_a_place_for_a_text_none_is_written_and_ours_stays_known(
+    job: Callable[..., JobContext], tmp_path: Path
+) -> None:
+    source = own_picture(tmp_path)
+    assert handler().run(job(source, text=None)).facts["text_sha256"] is None
+    text = tmp_path / "captions" / "coffee.txt"
+    assert not text.exists()
+    ours = handler().run(job(source)).facts["text_sha256"]
+    before = text.stat()
+    result = handler().run(job(source, text=None, written=ours))
+    assert result.facts["text_sha256"] == ours
+    assert text.stat().st_ino == before.st_ino
+
+
 def test_pipes_and_folders_called_like_captions_block_nothing(job: Callable[..., JobContext], tmp_path: Path) -> None:
     source = own_picture(tmp_path)
     pictures.fifo(tmp_path / "coffee.txt")

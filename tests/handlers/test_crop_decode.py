@@ -114,13 +114,22 @@ def test_the_pixel_limit_is_checked_before_any_pixel(tmp_path: Path) -> None:
         decoded(tmp_path, content, limit=19_999)
 
 
-def test_more_pixels_than_pillow_likes_are_no_bomb_below_our_limit(tmp_path: Path) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    assert limit is not None
-    wide = limit // 64 + 1000
-    result = decoded(tmp_path, pictures.encoded(Image.new("1", (wide, 64)), "PNG", compress_level=1))
-    assert result.size == (wide, 64)
-    assert limit == Image.MAX_IMAGE_PIXELS
+def test_our_limit_counts_and_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # it warns above, and raises above twice as many
+    content = pictures.encoded(Image.new("RGB", (200, 100)), "PNG")
+    result = decoded(tmp_path, content)
+    assert (result.size, result.warnings) == ((200, 100), ())
+    assert vars(Image)["MAX_IMAGE_PIXELS"] == 1000  # and it is as it was
+
+
+def test_what_pillow_warns_of_is_told(tmp_path: Path) -> None:
+    """A broken EXIF block: the pixels are whole, how they lie is still known, and a person can read what is odd."""
+    content = bytearray(pictures.with_orientation(pictures.scene((300, 200)), 6, "JPEG"))
+    content[content.index(b"Exif\0\0") + 20] = 0x7F  # the length of the maker's name
+    result = decoded(tmp_path, bytes(content), "x.jpg")
+    assert result.size == (300, 200)
+    assert len(result.warnings) == 1
+    assert "defect" in result.warnings[0]
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:

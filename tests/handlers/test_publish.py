@@ -3,6 +3,10 @@
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -174,10 +178,10 @@ def test_announce_does_not_switch(job: Job) -> None:
 
 def test_idle_waits_for_the_picture_that_is_drawn(job: Job) -> None:
     job.settings = {"switch": "idle"}
-    with webui(job.folder, "--picture-seconds", "1.5") as server:
+    with webui(job.folder, "--picture-seconds", "0.1") as server:
 
         def draw() -> None:
-            server.client.txt2img("long", steps=1, width=64, height=64, seed=1)
+            server.client.txt2img("long", steps=600, width=64, height=64, seed=1)
 
         drawing = Thread(target=draw)
         drawing.start()
@@ -191,6 +195,7 @@ def test_idle_waits_for_the_picture_that_is_drawn(job: Job) -> None:
         with pytest.raises(Stopping):
             job.run(server.url)
         job.stopping = False
+        server.client.interrupt()
         drawing.join()
         assert job.run(server.url).facts["proof"] == "picture"
 
@@ -215,6 +220,41 @@ def test_copies_where_links_do_not_reach(job: Job, monkeypatch: pytest.MonkeyPat
     assert placed.read_bytes() == job.model.read_bytes()
     assert not placed.samefile(job.model)
     assert not [path for path in job.folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from handlers.publish import swap
+
+    def no_links(*_, **__):
+        raise OSError(18, "Invalid cross-device link")
+
+    def kill_at_half(done, size):
+        if done * 2 >= size:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.link = no_links
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    swap.place(model, folder, sys.argv[3], model.stem, kill_at_half)
+"""
+
+
+def test_killed_while_copying_shows_nothing_and_the_next_try_ends_the_same(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.model.write_bytes(job.model.read_bytes() + bytes(10_000_000))  # more than one block
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(job.model), str(job.folder), sha256(job.model)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    [left] = [path for path in job.folder.iterdir() if path.name != "old.safetensors"]
+    assert left.name.startswith(TEMPORARY_PREFIX)
+    with webui(job.folder) as server:
+        assert [model.model_name for model in server.client.models()] == ["old"], "no half file is listed"
+    monkeypatch.setattr(os, "link", _no_links)
+    with pytest.raises(Waiting):
+        job.run(f"http://127.0.0.1:{free_port()}")
+    assert {path.name for path in job.folder.iterdir()} == {"old.safetensors", "cat-1a2b.safetensors"}
+    assert sha256(job.folder / "cat-1a2b.safetensors") == sha256(job.model)
 
 
 def test_never_overwrites_another_file_of_the_name(job: Job) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.context import JobResult, Stopping, Waiting
+from handlers.context import JobContext, JobResult, Stopping, Waiting
 from handlers.outcome import Outcome
 from handlers.pipe import ProgressThrottle, Reporter
 from handlers.worker import Desk, Worker, load_handler
@@ -41,15 +43,15 @@ def test_a_job_speaks_once_an_interval_and_its_last_word_is_never_lost(
         now += pause
         for message in throttle.due(now):
             sent.setdefault(message["job"], []).append((now, message["number"]))
-        if message := throttle.offer(job, {"job": job, "number": number}, now):  # type: ignore[assignment]
-            sent.setdefault(job, []).append((now, message["number"]))
+        if throttle.offer(job, {"job": job, "number": number}, now):
+            sent.setdefault(job, []).append((now, number))
     for times in sent.values():
         moments = [moment for moment, _ in times]
-        assert all(later - earlier >= interval for earlier, later in zip(moments, moments[1:], strict=False))
+        assert all(later - earlier >= interval for earlier, later in pairwise(moments))
     for job in {job for job, _ in offers}:
         last = max(number for number, (other, _) in enumerate(offers) if other == job)
-        message = throttle.finish(job)
-        assert (message["number"] if message else sent[job][-1][1]) == last
+        held = throttle.finish(job)
+        assert (held["number"] if held else sent[job][-1][1]) == last
         assert throttle.finish(job) is None
     assert throttle.next_due() is None
 
@@ -118,7 +120,7 @@ def test_a_batch_with_too_few_ends_fails_as_a_whole(tmp_path: Path) -> None:
 
 def test_a_handler_that_returns_nothing_is_told(tmp_path: Path) -> None:
     class Wrong(Probe):
-        def run(self, context: Any) -> Any:
+        def run(self, context: JobContext) -> Any:  # noqa: ARG002 - the signature of a handler
             return None
 
     (end,) = [message for message in work(Wrong, {1: {}}, tmp_path) if message["type"] == "outcome"]
@@ -129,7 +131,7 @@ def test_numbers_of_other_libraries_are_json(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
 
     class Numbers(Probe):
-        def run(self, context: Any) -> JobResult:
+        def run(self, context: JobContext) -> JobResult:  # noqa: ARG002 - the signature of a handler
             return JobResult({"loss": numpy.float32(0.5), "steps": numpy.int64(3)}, [tmp_path / "a"])
 
     end = work(Numbers, {1: {}}, tmp_path)[-1]
@@ -157,31 +159,32 @@ def test_a_handler_is_found_by_its_name() -> None:
 def test_the_protocol_as_it_is_written_down(tmp_path: Path) -> None:
     """What docs/architecture.md says, with a daemon that is this test."""
     command = [
-        *("python", "-m", "handlers.worker", "--kind", "probe", "--handler", "tests.probes:Probe"),
+        *(sys.executable, "-m", "handlers.worker", "--kind", "probe", "--handler", "tests.probes:Probe"),
         *("--device", "cpu", "--cache", str(tmp_path), "--parent", str(os.getpid())),
     ]
-    import sys
-
-    process = subprocess.Popen(
-        [sys.executable, *command[1:]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        cwd=ROOT,
-    )
-    run = {"type": "run", "jobs": [{"job": 5, "kind": "probe", "payload": {"do": "refuse"}}]}
-    stop = {"type": "stop"}
-    answers, log = process.communicate("".join(f"{json.dumps(line)}\n" for line in (run, stop)).encode(), timeout=30)
-    assert process.returncode in {0, -9}
-    messages = [json.loads(line) for line in answers.splitlines()]
-    assert messages[0] == {"type": "ready", "pid": process.pid}
-    assert log == b""
+    heard: list[dict[str, Any]] = []
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT, bufsize=0
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"type": "run", "jobs": [{"job": 5, "kind": "probe", "payload": {"do": "refuse"}}]}\n')
+        while not heard or heard[-1]["type"] != "outcome":
+            heard.append(json.loads(process.stdout.readline()))
+        process.stdin.write(b'{"type": "stop"}\n')
+        assert process.wait(20) == 0
+    beats = [message for message in heard if message["type"] == "heartbeat"]
+    assert all(message["rss"] > 1 << 20 for message in beats)
+    refusal = {"code": "empty", "what": "The file is empty.", "advice": "Upload it again.", "line": 3}
+    assert [message for message in heard if message not in beats] == [
+        {"type": "ready", "pid": process.pid},
+        {"type": "started", "jobs": [5]},
+        {"type": "started", "jobs": [5]},
+        {"type": "outcome", "job": 5, "state": "refused", "refusal": refusal},
+    ]
 
 
 def test_the_worker_imports_nothing_heavy_by_itself() -> None:
-    import sys
-
     script = "import sys, handlers.worker; print(sorted({'torch', 'numpy', 'PIL', 'cv2', 'daemon'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout == "[]\n"

@@ -28,7 +28,7 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0, what: str = "the condition") -> None:
+def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "the condition") -> None:
     """Wait for a condition; fail when the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -11,8 +11,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from handlers.models.miniature import world
-
 Pixels = npt.NDArray[np.uint8]
 
 

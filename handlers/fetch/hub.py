@@ -1,0 +1,181 @@
+"""A model of the hub: the files that are needed and no others, each checked by its hash."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from handlers.context import Waiting
+from handlers.models import registry
+from handlers.models.catalogue import Entry
+from sessions import files
+from sessions.refusal import Refusal
+
+_SETTINGS = ("*.json", "*.txt", "*.model", "LICENSE*")
+_LEFT_OUT = ("*.fp16.*", "*non_ema*", "*ema_only*", "*.msgpack", "*flax*", "*openvino*", "*.onnx*", "*.fp16-*")
+_FREE_AFTER = 1 << 30
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository: its path, its size in bytes (0: not known) and its SHA-256, which only large ones have."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+def wanted(available: Iterable[HubFile], entry: Entry) -> list[HubFile]:
+    """The files of a repository that loading the model needs: settings, tokenizers, and each part's weights.
+
+    Weights come as safetensors where a part has them, in full precision.
+    """
+    kept = [file for file in available if not any(fnmatchcase(file.path, pattern) for pattern in _LEFT_OUT)]
+    folders = {part for part in entry.parts if part}
+    chosen = []
+    for file in kept:
+        folder, _, name = file.path.rpartition("/")
+        if folder.count("/") or (folder and not _belongs(folder, folders)):
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in _SETTINGS):
+            chosen.append(file)
+    for part in entry.parts:
+        inside = [file for file in kept if file.path.rpartition("/")[0] == part]
+        weights = [file for file in inside if file.path.endswith(".safetensors")]
+        chosen += weights or [file for file in inside if file.path.endswith(".bin")]
+    return sorted(set(chosen), key=lambda file: (file.size, file.path))
+
+
+def _belongs(folder: str, parts: set[str]) -> bool:
+    return folder in parts or folder in {"scheduler", "tokenizer", "tokenizer_2", "feature_extractor"}
+
+
+def fetch(entry: Entry, folder: Path, progress: Callable[[float, float], None], endpoint: str | None = None) -> Path:
+    """Fetch a model's files into a folder; files that are whole already stay.
+
+    Args:
+        entry: what to fetch.
+        folder: where to; the model counts as present once its index file is there, which comes last.
+        progress: called with bytes done and in all.
+        endpoint: the hub's address, if it is not the usual one.
+
+    Raises:
+        Refusal: the disk has no room, or a file arrived damaged.
+        Waiting: the hub cannot be reached, or wants its licence accepted first.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        about = HfApi(endpoint=endpoint).model_info(entry.origin, files_metadata=True)
+        available = [_hub_file(sibling) for sibling in about.siblings or []]
+        needed = wanted(available, entry)
+        _check_room(folder, sum(file.size for file in needed))
+        # The index last: with it the model counts as present.
+        needed.sort(key=lambda file: file.path == entry.index)
+        _fetch_all(entry, folder, needed, about.sha, progress, endpoint)
+    except GatedRepoError:
+        reason = (
+            f"{entry.name} is given out only after its licence ({entry.licence}) is accepted: "
+            f"do so on the page of {entry.origin}, make a token there, and set HF_TOKEN."
+        )
+        raise Waiting(reason, retry_after=600.0) from None
+    except RepositoryNotFoundError:
+        raise Waiting(f"The hub has no {entry.origin} any more, or hides it from this token.", 600.0) from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise Waiting(
+            f"The hub cannot be reached ({type(error).__name__}). Try again later; it goes on there."
+        ) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2"}:
+            raise Waiting(f"The hub cannot be reached ({error}). Try again later; it goes on there.") from error
+        raise
+    if not registry.is_complete(folder, entry):
+        raise Refusal(
+            "download", f"The hub's copy of {entry.name} lacks weights.", "Bring the model into Models/ instead."
+        )
+    return folder
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    lfs = getattr(sibling, "lfs", None)
+    return HubFile(sibling.rfilename, int(sibling.size or 0), lfs.sha256 if lfs else None)
+
+
+def _fetch_all(
+    entry: Entry,
+    folder: Path,
+    needed: list[HubFile],
+    revision: str | None,
+    progress: Callable[[float, float], None],
+    endpoint: str | None,
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    total = sum(file.size for file in needed)
+    done = 0
+    progress(done, total)
+    for file in needed:
+        bar = _bar(lambda received, base=done: progress(base + received, total))
+        path = Path(
+            hf_hub_download(
+                entry.origin, file.path, revision=revision, local_dir=folder, endpoint=endpoint, tqdm_class=bar
+            )
+        )
+        if file.sha256 and files.sha256_of(path) != file.sha256:
+            path.unlink()
+            raise Refusal("download", f"{file.path} of {entry.name} arrived damaged.", "Fetch it again.")
+        done += file.size
+        progress(done, total)
+
+
+def _bar(received: Callable[[int], None]) -> Any:
+    """A silent tqdm class that tells how far one file is."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg, misc, unused-ignore] # generic only to the checker
+        """Counts what tqdm is told, prints nothing."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options["disable"] = False
+            options["file"] = _Nowhere()
+            super().__init__(*arguments, **options)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            received(int(self.n))
+            return shown
+
+    return Bar
+
+
+class _Nowhere:
+    """A text file that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to flush."""
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    have = registry.size_of(folder)
+    free = shutil.disk_usage(folder).free
+    if free < max(needed - have, 0) + _FREE_AFTER:
+        raise Refusal(
+            "disk",
+            f"The download needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.",
+            "Make room (1 GB should stay free), then fetch again: it goes on where it was.",
+        )

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of downloads that all tests of a run share, so that each miniature is built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """Real photographs, as scikit-image ships them."""
+    folder = resources.files("skimage") / "data"
+    return [Path(str(folder / name)) for name in PHOTOGRAPHS]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, cache: Path) -> Iterator[DaemonProcess]:
+    """A tree with a daemon that can be started on it; it is ended with the test."""
+    process = DaemonProcess(tmp_path, cache)
+    yield process
+    process.stop()

@@ -1,0 +1,204 @@
+"""The train handler as a whole, on the miniature's classes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from handlers.context import Cancelled, JobContext, JobResult, Waiting
+from handlers.convert.job import convert
+from handlers.models import miniature
+from handlers.train.job import TrainHandler
+from sessions.refusal import Refusal
+from tests.handlers.train_session import make_session, payload_of
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    miniature.ensure("miniature", folder)
+    return folder
+
+
+def train(payload: dict[str, Any], cache: Path, cancel_after: int = 10**9) -> tuple[JobResult, list[tuple[float, Any]]]:
+    seen: list[tuple[float, Any]] = []
+    context = JobContext(
+        1,
+        "train",
+        payload,
+        "cpu",
+        cache,
+        lambda done, _total, _note, facts: seen.append((done, facts)),
+        lambda: bool(seen) and "loss" in seen[-1][1] and seen[-1][0] >= cancel_after,
+        lambda: False,
+    )
+    return TrainHandler().run(context), seen
+
+
+def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    return {
+        key.removeprefix("text_model."): value
+        for key, value in load_file(folder / part / f"{stem}.safetensors").items()
+    }
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_leaves_what_people_and_machines_read(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    (session / "zwx (9).png").write_bytes(b"broken")
+    spec = "unet: {steps: 6, learning_rate: 1e-3}\ntext_encoder: {steps: 2}\nsample_every: 3\nclass: shape\n"
+    payload = payload_of(session, spec)
+    result, seen = train(payload, cache)
+    facts = result.facts
+    assert (facts["run"], facts["state"], facts["steps"], facts["pictures"]) == ("r1", "finished", 8, 3)
+    assert [left["source"] for left in facts["left_out"]] == ["zwx (9).png"]
+    assert facts["metadata"]["trigger_phrase"] == "zwx shape"
+    json.dumps(dict(facts))
+    record = json.loads((session / "runs" / "r1" / "run.json").read_text())
+    assert (record["state"], record["spec"], record["spec_record"]) == (
+        "finished",
+        payload["spec"],
+        payload["spec_record"],
+    )
+    assert [entry["source"] for entry in record["inputs"]] == ["zwx (0).png", "zwx (1).png", "zwx (2).png"]
+    assert {entry["prompt"] for entry in record["inputs"]} == {"a photo of zwx shape"}
+    assert record["libraries"]["torch"] == torch.__version__
+    for name in ("loss.png", "samples-step-5.jpg", "samples-step-8.jpg"):
+        with Image.open(session / "previews" / name) as picture:
+            picture.load()
+    assert facts["preview"] == str(session / "previews" / "samples-step-8.jpg")
+    steps = [(done, entry) for done, entry in seen if "loss" in entry]
+    assert [done for done, _ in steps] == list(range(1, 9))
+    assert all(entry["seconds_per_step"] > 0 and entry["eta"] >= 0 for _, entry in steps)
+    finished = Path(facts["finished"])
+    for path in finished.rglob("*.json"):
+        assert str(cache) not in path.read_text(), "a model that travels does not say where its base lay"
+    made = convert(finished, tmp_path / "dog.safetensors", verify="forward")
+    assert made.pipeline.family == "sd1"
+    assert not (session / ".fastsd" / "frozen" / "r1").exists()
+
+
+def test_each_stage_trains_what_it_should(cache: Path, tmp_path: Path) -> None:
+    """Stage 1 keeps the text encoder alone; stage 2 changes the UNet alone; a frozen UNet is another algorithm."""
+    base = miniature.folder_of("miniature", cache)
+    quick = "sample_every: 0\n"
+    specs = {
+        "text": quick + "text_encoder: {steps: 3, learning_rate: 1e-3}\nunet: {steps: 0}\n",
+        "frozen": quick + "text_encoder: {steps: 3, learning_rate: 1e-3, unet: frozen}\nunet: {steps: 0}\n",
+        "unet": quick + "text_encoder: {steps: 0}\nunet: {steps: 3, learning_rate: 1e-3}\n",
+    }
+    made = {}
+    for name, spec in specs.items():
+        session = make_session(tmp_path / name / "Sessions" / "dog")
+        made[name] = Path(train(payload_of(session, spec), cache)[0].facts["finished"])
+        assert same(weights(made[name], "vae"), weights(base, "vae"))
+    for name in ("text", "frozen"):
+        assert same(weights(made[name], "unet"), weights(base, "unet"))
+        assert not same(weights(made[name], "text_encoder"), weights(base, "text_encoder"))
+    assert not same(weights(made["text"], "text_encoder"), weights(made["frozen"], "text_encoder"))
+    assert same(weights(made["unet"], "text_encoder"), weights(base, "text_encoder"))
+    assert not same(weights(made["unet"], "unet"), weights(base, "unet"))
+
+
+def test_it_learns(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "text_encoder: {steps: 0}\nunet: {steps: 40, learning_rate: 2e-3}\nsample_every: 0\nbatch_size: 2\n"
+    train(payload_of(session, spec), cache)
+    rows = [json.loads(line) for line in (session / "runs" / "r1" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    assert rows[0]["learning_rate"] == 2e-3
+    assert rows[-1]["learning_rate"] == pytest.approx(2e-3 / 40)
+
+
+def test_a_diverging_run_stops_and_says_so(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "text_encoder: {steps: 0}\nunet: {steps: 60, learning_rate: 0.99}\nsample_every: 0\nschedule: constant\n"
+    broken = make_base_with_a_hole(miniature.folder_of("miniature", cache), tmp_path / "Models" / "broken")
+    with pytest.raises(Refusal, match="diverged") as caught:
+        train(payload_of(session, spec + "resolution: 256\n", base="broken", models=str(broken.parent)), cache)
+    assert caught.value.code == "diverged"
+    assert "learning_rate" in caught.value.advice
+    record = json.loads((session / "runs" / "r1" / "run.json").read_text())
+    assert record["state"] == "failed"
+    assert "diverged" in record["reason"]
+    assert not (session / ".fastsd" / "finished").exists()
+
+
+def make_base_with_a_hole(base: Path, to: Path) -> Path:
+    """A base whose UNet computes NaN: what a VAE or UNet in half precision does to a training."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(base, to)
+    path = to / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    return to
+
+
+def test_a_cancelled_run_is_cleaned_up(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "text_encoder: {steps: 2}\nunet: {steps: 6}\ncheckpoint_every: 1\nsample_every: 0\n"
+    with pytest.raises(Cancelled):
+        train(payload_of(session, spec), cache, cancel_after=4)
+    assert list((session / "checkpoints").iterdir()) == []
+    assert not (session / ".fastsd" / "frozen" / "r1").exists()
+    assert json.loads((session / "runs" / "r1" / "run.json").read_text())["state"] == "cancelled"
+
+
+def test_a_deleted_session_ends_its_run(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "text_encoder: {steps: 0}\nunet: {steps: 6}\ncheckpoint_every: 1\nsample_every: 0\n"
+
+    def report(done: float, _total: float, _note: str, facts: Any) -> None:
+        if "loss" in facts and session.exists():
+            shutil.rmtree(session)
+
+    context = JobContext(1, "train", payload_of(session, spec), "cpu", cache, report, lambda: False, lambda: False)
+    with pytest.raises(Cancelled):
+        TrainHandler().run(context)
+    assert not session.exists()
+
+
+def test_refused_before_anything_is_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    before = sorted(session.rglob("*"))
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+        with pytest.raises(Refusal, match=r"needs 0\.\d\d GB of disk .* 0\.01 GB are free"):
+            train(payload_of(session, ""), cache)
+    with pytest.raises(Waiting, match="fastsd models get sd15"):
+        train(payload_of(session, "", base="sd15"), cache)
+    with pytest.raises(Refusal, match="known"):
+        train(payload_of(session, "", base="nothing"), cache)
+    with pytest.raises(Refusal, match="GPU"):
+        train(payload_of(session, "precision: fp16"), cache)
+    (session / "zwx (0).png").unlink()
+    before.remove(session / "zwx (0).png")
+    with pytest.raises(Refusal, match="2 readable pictures"):
+        train(payload_of(session, ""), cache)
+    assert sorted(session.rglob("*")) == before
+
+
+def test_a_single_file_as_base(cache: Path, tmp_path: Path) -> None:
+    models = tmp_path / "Models"
+    models.mkdir()
+    convert(miniature.folder_of("miniature", cache), models / "mine.safetensors")
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "resolution: 256\ntext_encoder: {steps: 1}\nunet: {steps: 1}\nsample_every: 0\n"
+    result, _ = train(payload_of(session, spec, base="mine", models=str(models)), cache)
+    finished = Path(result.facts["finished"])
+    for part in ("unet", "vae", "text_encoder"):
+        assert {tensor.dtype for tensor in weights(finished, part).values()} == {torch.float16}
+    convert(finished, tmp_path / "dog.safetensors", verify="forward")

@@ -1,0 +1,203 @@
+"""Kill a training at any step: it ends with the same bytes."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlers.context import JobContext, Stopping
+from handlers.models import miniature
+from handlers.train.job import TrainHandler
+from sessions import files
+from tests.handlers.train_session import make_session, payload_of
+
+SPEC = """
+text_encoder: {steps: 6, learning_rate: 1e-3}
+unet: {steps: 8, learning_rate: 1e-3}
+checkpoint_every: 2
+sample_every: 0
+offset_noise: 0.1
+min_snr: 5
+instance: zwx
+"""
+TOTAL = 14
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    miniature.ensure("miniature", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    """Real processes that need not import torch each time: they fork from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["handlers.train.job"])
+    return context
+
+
+def train_in_child(payload: dict[str, Any], cache: str, pause_after: int, pipe: Any) -> None:
+    """Train, and tell of each step; wait for the parent (who kills) after step ``pause_after``."""
+    seen = []
+
+    def report(done: float, total: float, note: str, facts: Any) -> None:
+        if "loss" in facts:
+            seen.append(int(done))
+            if done == pause_after:
+                pipe.send(seen)
+                pipe.recv()
+
+    context = JobContext(1, "train", payload, "cpu", Path(cache), report, lambda: False, lambda: False)
+    TrainHandler().run(context)
+    pipe.send(seen)
+
+
+def run_child(server: ForkServerContext, payload: dict[str, Any], cache: Path, kill_after: int | None) -> list[int]:
+    """Train in a process of its own, killed with SIGKILL once ``kill_after`` steps are done. Returns its steps."""
+    ours, theirs = server.Pipe()
+    process = server.Process(target=train_in_child, args=(payload, str(cache), kill_after or -1, theirs))
+    process.start()
+    theirs.close()
+    assert ours.poll(120), "the child gave no sign"
+    seen: list[int] = ours.recv()
+    if kill_after is not None:
+        assert process.pid
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == (-signal.SIGKILL if kill_after is not None else 0)
+    process.close()
+    ours.close()
+    return seen
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    """Relative path → SHA-256 of every file of a finished folder."""
+    return {
+        path.relative_to(folder).as_posix(): files.sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def finished(session: Path) -> dict[str, str]:
+    return weights_of(session / ".fastsd" / "finished" / "r1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: ForkServerContext, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    session = make_session(tmp_path_factory.mktemp("tree") / "Sessions" / "dog")
+    steps = run_child(server, payload_of(session, SPEC), cache, None)
+    assert steps == list(range(1, TOTAL + 1))
+    return finished(session)
+
+
+def test_training_changed_the_weights(undisturbed: dict[str, str], cache: Path) -> None:
+    base = weights_of(miniature.folder_of("miniature", cache))
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        assert undisturbed[f"{part}.safetensors"] != base[f"{part}.safetensors"]
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert undisturbed[vae] == base[vae]
+
+
+def tear(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def checkpoints(session: Path) -> list[str]:
+    return sorted(folder.name for folder in (session / "checkpoints").iterdir() if not folder.name.startswith("."))
+
+
+def test_killed_in_both_stages_and_with_a_torn_checkpoint(
+    server: ForkServerContext, cache: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    payload = payload_of(session, SPEC)
+    # Before any checkpoint: from the start again. The pictures vanish: the run keeps the set that it began with.
+    assert run_child(server, payload, cache, 1) == [1]
+    for picture in session.glob("*.png"):
+        picture.unlink()
+    assert run_child(server, payload, cache, 5) == [1, 2, 3, 4, 5]
+    assert checkpoints(session) == ["step-2", "step-4"]
+    # Stage 2, killed; then the newest checkpoint is torn: the one before it counts.
+    assert run_child(server, payload, cache, 11) == [5, 6, 7, 8, 9, 10, 11]
+    assert checkpoints(session) == ["step-10", "step-8"]
+    tear(session / "checkpoints" / "step-10" / "unet.safetensors")
+    assert run_child(server, payload, cache, 13) == [9, 10, 11, 12, 13]
+    # One flipped bit in the newest, and the other gone but for a half-written temp folder: back to what is left.
+    flip(session / "checkpoints" / "step-12" / "optimizer.safetensors")
+    (session / "checkpoints" / ".fastsd-tmp-1-00").mkdir()
+    assert run_child(server, payload, cache, None) == [11, 12, 13, 14]
+    assert finished(session) == undisturbed
+    rows = [json.loads(line) for line in (session / "runs" / "r1" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, TOTAL + 1))
+    log = (session / "runs" / "r1" / "log.txt").read_text()
+    assert "step-10 is damaged" in log
+    assert "step-12 is damaged" in log
+    for step in range(1, TOTAL + 1):
+        assert log.count(f" step {step}/{TOTAL} ") == 1
+
+
+def test_killed_at_the_border_of_the_stages(
+    server: ForkServerContext, cache: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    payload = payload_of(session, SPEC)
+    assert run_child(server, payload, cache, 7)[-1] == 7
+    assert checkpoints(session) == ["step-4", "step-6"]
+    assert run_child(server, payload, cache, 7) == [7]
+    shutil.rmtree(session / ".fastsd" / "frozen")
+    assert run_child(server, payload, cache, None) == list(range(7, TOTAL + 1))
+    assert finished(session) == undisturbed
+
+
+def test_renamed_while_it_trains_and_stopped(cache: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """In this process: the folder moves at step 3, a wish to stop at 9 saves the state, and it moves once more."""
+    root = tmp_path
+    session = make_session(root / "Sessions" / "dog")
+    moved, again = root / "Sessions" / "renamed", root / "Sessions" / "deeper" / "once more"
+    again.parent.mkdir()
+    payload = payload_of(session, SPEC)
+    stop = False
+
+    def report(done: float, total: float, note: str, facts: Any) -> None:
+        nonlocal stop
+        if done == 3 and "loss" in facts:
+            session.rename(moved)
+        stop = stop or (done == 9 and "loss" in facts)
+
+    with pytest.raises(Stopping):
+        TrainHandler().run(JobContext(1, "train", payload, "cpu", cache, report, lambda: False, lambda: stop))
+    assert not session.exists()
+    assert checkpoints(moved) == ["step-8", "step-9"]
+    moved.rename(again)
+    steps: list[float] = []
+    context = JobContext(
+        1, "train", payload, "cpu", cache, lambda done, *_: steps.append(done), lambda: False, lambda: False
+    )
+    result = TrainHandler().run(context)
+    assert steps[0] == 10
+    assert result.facts["finished"] == str(again / ".fastsd" / "finished" / "r1")
+    assert finished(again) == undisturbed
+    assert not session.exists()
+    assert not moved.exists()
+    # Asked again for a run that is finished, nothing is trained.
+    began = time.monotonic()
+    assert TrainHandler().run(context).facts == result.facts
+    assert time.monotonic() - began < 1

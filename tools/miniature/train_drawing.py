@@ -1,0 +1,148 @@
+"""Train the SD 1 miniature's text encoder and UNet: ``python -m tools.miniature.train_drawing --state DIR``.
+
+Needs ``vae.pt`` of train_vae there. First the text encoder learns to tell what a prompt says (at its end and at the
+padding after it: that binds colours to their nouns before the UNet asks); then the UNet learns to draw with the text
+encoder frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from handlers.models.miniature import drawing, world
+from handlers.models.miniature.seeded import seeded
+from tools.miniature import latents, muon, pool, prompts, training
+
+PICTURES = 12_000
+TEXT_BATCH = 48
+BATCH = 48
+TEXT_RATE = 2e-3
+MUON_RATE = 0.02
+LEARNING_RATE = 2e-3
+UNPROMPTED = 0.1
+# Prompts fill at most so many positions; the rest are padding, of which a few stand for all (see ``key_mask``).
+SAID = 16
+PADDING = 4
+
+
+def pool_prompts(pictures: pool.Pool) -> list[str]:
+    """A prompt a picture, always the same."""
+    return [world.prompt(scene, np.random.default_rng((7, index))) for index, scene in enumerate(pictures.scenes)]
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Ids [N, 77], padded as Stable Diffusion's pipeline does."""
+    return tokenizer(texts, padding="max_length", max_length=drawing.POSITIONS, return_tensors="pt").input_ids
+
+
+def train_text(state: Path, minutes: float, ids: torch.Tensor, texts: list[str], device: torch.device) -> CLIPTextModel:
+    """Warm the text encoder up; gives it with its averaged weights."""
+    with seeded(drawing.SEED + 1):
+        encoder = drawing.text_encoder().to(device)
+        sizes = [1 + len(known) for known in prompts.QUESTIONS.values()]
+        heads = torch.nn.Linear(drawing.TEXT_WIDTH, sum(sizes)).to(device)
+    targets = torch.tensor([prompts.answers(text) for text in texts])
+    ends = (ids == ids[0, -1]).int().argmax(1)
+    average = training.Average([encoder, heads])
+    optimizer = torch.optim.AdamW(average.live.parameters(), lr=TEXT_RATE, weight_decay=1e-2)
+
+    def step(number: int, _fraction: float) -> torch.Tensor:
+        random = torch.Generator().manual_seed(number)
+        chosen = torch.randint(len(texts), (TEXT_BATCH,), generator=random)
+        hidden = encoder(ids[chosen].to(device)).last_hidden_state
+        padding = torch.randint(SAID, drawing.POSITIONS, (TEXT_BATCH, PADDING), generator=random)
+        places = torch.cat([ends[chosen, None], padding], 1).to(device)
+        told = heads(hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))).split(sizes, -1)
+        truth = targets[chosen].to(device)
+        losses = [
+            functional.cross_entropy(logits.flatten(0, 1), truth[:, question].repeat_interleave(1 + PADDING))
+            for question, logits in enumerate(told)
+        ]
+        return torch.stack(losses).sum()
+
+    training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
+    return average.mean[0].eval()
+
+
+@torch.no_grad()
+def encode_prompts(encoder: CLIPTextModel, ids: torch.Tensor, batch: int = 256) -> torch.Tensor:
+    """Hidden states of the said positions and of a few of the padding, [N, SAID + PADDING, width], as float16."""
+    random = torch.Generator().manual_seed(0)
+    device = next(encoder.parameters()).device
+    made = []
+    for start in range(0, len(ids), batch):
+        hidden = encoder(ids[start : start + batch].to(device)).last_hidden_state.cpu()
+        kept = torch.randperm(drawing.POSITIONS - SAID, generator=random)[:PADDING] + SAID
+        made.append(torch.cat([hidden[:, :SAID], hidden[:, kept]], 1).half())
+    return torch.cat(made)
+
+
+def key_mask(device: torch.device) -> torch.Tensor:
+    """A mask [1, SAID + PADDING] that lets each kept position of the padding count for all those left out.
+
+    The UNet turns a mask m into (1 - m) × -10,000 on the attention's logits; what is wanted there is a logarithm.
+    """
+    stands_for = math.log((drawing.POSITIONS - SAID) / PADDING)
+    mask = torch.ones(1, SAID + PADDING, device=device)
+    mask[:, SAID:] += stands_for / 10_000
+    return mask
+
+
+def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.Tensor, device: torch.device) -> None:
+    """Train the UNet to predict noise. ``hidden`` has one row more than ``clean``: the empty prompt."""
+    with seeded(drawing.SEED + 2):
+        unet = drawing.unet().to(device)
+    average = training.Average([unet])
+    unet.set_attn_processor(AttnProcessor())  # faster than the fused one at these sizes
+    optimizer = muon.optimizer_for(unet, MUON_RATE, LEARNING_RATE)
+    schedule = DDPMScheduler.from_config(drawing.scheduler().config)
+    mask = key_mask(device)
+
+    def step(number: int, _fraction: float) -> torch.Tensor:
+        random = torch.Generator().manual_seed(number)
+        chosen = torch.randint(len(clean), (BATCH,), generator=random)
+        # One time a stratum; every other one is drawn from the noisier half, where layout and colours are settled.
+        times = (torch.arange(BATCH) + torch.rand(BATCH, generator=random)) / BATCH
+        times = torch.where(torch.arange(BATCH) % 3 == 0, 0.4 + 0.6 * times, times)
+        timesteps = (times * schedule.config.num_train_timesteps).long()
+        noise = torch.randn(clean[chosen].shape, generator=random)
+        noisy = schedule.add_noise(clean[chosen], noise, timesteps).to(device)
+        said = torch.where(torch.rand(BATCH, generator=random) < UNPROMPTED, len(clean), chosen)
+        predicted = unet(
+            noisy,
+            timesteps.to(device),
+            encoder_hidden_states=hidden[said].float().to(device),
+            encoder_attention_mask=mask.expand(BATCH, -1),
+        ).sample
+        return functional.mse_loss(predicted, noise.to(device))
+
+    training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
+
+
+def main() -> None:
+    """Train both; the states are ``text.pt`` and ``unet.pt``."""
+    parser = training.arguments("Train the SD 1 miniature.", minutes=45)
+    parser.add_argument("--text-minutes", type=float, default=4)
+    options = parser.parse_args()
+    device = training.set_up(options)
+    pictures = pool.drawn(PICTURES, pool.TRAINING_SEED + 1)
+    texts = pool_prompts(pictures)
+    ids = token_ids(drawing.tokenizer(), [*texts, ""])
+    encoder = train_text(options.state / "text.pt", options.text_minutes, ids[:-1], texts, device)
+    vae = drawing.vae().to(device)
+    training.load_mean(options.state / "vae.pt", [vae])
+    clean = latents.standardise(vae, latents.encode(vae, pictures))
+    hidden = encode_prompts(encoder, ids)
+    train_unet(options.state / "unet.pt", options.minutes, clean, hidden, device)
+
+
+if __name__ == "__main__":
+    main()
