@@ -76,6 +76,7 @@ class Daemon:
         self._dirty_event = asyncio.Event()
         self._stop = asyncio.Event()
         self._stops = 0
+        self._hurry: asyncio.Task[None] | None = None
         root, cache = state.root, cache_home(environment)
 
         self.index = Index(state.index)
@@ -200,6 +201,7 @@ class Daemon:
             self._stop.set()
         else:
             self.dispatcher.kill()
+            self._hurry = asyncio.get_running_loop().create_task(self.webui.kill())
 
     def notify_alive(self) -> None:
         """Tell systemd's watchdog that the loop turns."""
@@ -253,10 +255,11 @@ class Daemon:
         self.reporter.changed(session)
         self.mark_dirty(session)
 
-    def _on_ended(self, kind: str, session: str) -> None:
+    def _on_ended(self, ended: Job, session: str) -> None:
         self.mark_dirty(session)
         self.reporter.outcome(session)
-        if kind == "train" and not any(job.kind == "train" for job in self.queue.jobs(states=_PENDING)):
+        others = (job for job in self.queue.jobs(states=_PENDING) if job.id != ended.id)
+        if ended.kind == "train" and not any(job.kind == "train" for job in others):
             self.webui.give_gpu_back()
 
     def _on_webui(self) -> None:

@@ -26,7 +26,7 @@ class TreeHooks(Hooks):
         sessions: the tree's sessions.
         gates: what cannot start now.
         make_room: called before a run starts: the WebUI gives way.
-        ended: called with (kind, session folder) after an outcome was recorded.
+        ended: called with (job, session folder) after an outcome was recorded.
         display: shows progress on a terminal.
     """
 
@@ -37,7 +37,7 @@ class TreeHooks(Hooks):
         sessions: Sessions,
         gates: Gates,
         make_room: Callable[[], Awaitable[None]],
-        ended: Callable[[str, str], None],
+        ended: Callable[[Job, str], None],
         display: ProgressDisplay,
     ) -> None:
         self._preparer = preparer
@@ -101,7 +101,7 @@ class TreeHooks(Hooks):
                 outcomes.record_ended_run(session, job.payload, "cancelled", "cancelled")
             case _:
                 pass
-        self._ended(job.kind, session.path)
+        self._ended(job, session.path)
 
 
 def _why(outcome: Outcome) -> str:

@@ -158,6 +158,7 @@ class Preparer:
             "model": os.fspath(model),
             "name": stored["name"],
             "run": stored["run"],
+            "sha256": stored.get("sha256"),
             "webui": webui,
             "proof_picture": os.fspath(proof),
         }

@@ -182,7 +182,7 @@ def publish_requests(session: Session) -> list[JobRequest]:
             "publish",
             session.id,
             record["outputs"][0],
-            {"run": record["run"], "model": record["outputs"][0], "name": session.name},
+            {"run": record["run"], "model": record["outputs"][0], "name": session.name, "sha256": record.get("sha256")},
         )
         for record in session.manifest.of_kind("convert")
         if record.get("publish", True) and session.manifest.get("publish", record["run"]) is None

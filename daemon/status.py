@@ -134,9 +134,12 @@ def describe_progress(job: Job, others: int = 0) -> str:
 def _model_line(session: Session, record: Mapping[str, Any]) -> str:
     name = record["outputs"][0] if record.get("outputs") else f"run {record['run']}"
     published = session.manifest.get("publish", str(record["run"]))
-    where = f"in the WebUI, proven by a picture ({published['sd_model_hash']})" if published else "proven"
-    if published and published.get("proof") != "picture":
-        where = "in the WebUI's folder"
+    where = "proven"
+    if published:
+        proofs = {"picture": "in the WebUI, proven by a picture", "name": "in the WebUI, chosen by its name"}
+        where = proofs.get(str(published.get("proof")), "in the WebUI's folder, not chosen")
+        if published.get("sd_model_hash"):
+            where = f"{where} ({published['sd_model_hash']})"
     return f"{name}  {size(record.get('bytes', 0))}, {where}"
 
 

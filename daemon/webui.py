@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from daemon.config import WebUIKeys
 from daemon.services.webui import WebUISupervisor
 from daemon.state import State
-from handlers.publish.connect import connect
+from handlers.publish.connect import LATER_KINDS, connect
 
 
 class WebUIService:
@@ -36,7 +36,7 @@ class WebUIService:
         changed: Callable[[], None],
     ) -> WebUIService:
         """The service that the settings ask for; nothing is started yet."""
-        if keys.command is None or keys.kind == "none":
+        if keys.command is None or keys.kind in {"none", *LATER_KINDS}:
             return cls(keys, None)
         supervisor = WebUISupervisor(
             keys.command,
@@ -58,6 +58,11 @@ class WebUIService:
         if self._supervisor is not None:
             await self._supervisor.stop()
 
+    async def kill(self) -> None:
+        """End the WebUI that fastsd started, at once."""
+        if self._supervisor is not None:
+            await self._supervisor.kill()
+
     async def yield_gpu(self) -> None:
         """Before training: make room, as ``while_training`` says."""
         if self._supervisor is not None and not self._given_way:
@@ -74,6 +79,8 @@ class WebUIService:
 
     def publish_gate(self) -> str | None:
         """Why nothing can be published now, or None."""
+        if self._keys.kind in LATER_KINDS:
+            return f"webui.kind: {self._keys.kind} is not supported yet: set it to a1111, forge or none in fastsd.yaml."
         if self._supervisor is None or self._supervisor.state.phase == "ready":
             return None
         if self._given_way:

@@ -18,6 +18,9 @@ from handlers.kinds import Kind
 from sessions.refusal import Refusal
 
 MODULE = "tests.probes"
+ROOT = Path(__file__).parents[1]
+# Workers find this module by it.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # A probe that waits gives up after this, so that no test leaves a process behind.
 DEADLINE = 60.0
 
@@ -26,6 +29,17 @@ def kind(name: str = "probe", handler: str = "Probe", lane: str = "cpu", **chang
     """A kind whose handler is one of this module."""
     values = {"name": name, "handler": f"{MODULE}:{handler}", "lane": lane, **changes}
     return Kind(**values)  # type: ignore[arg-type]
+
+
+KINDS = {
+    made.name: made
+    for made in (
+        kind("probe", attempts=2),
+        kind("other", attempts=2),
+        kind("batch", handler="BatchProbe", batch=4, attempts=3),
+        kind("train", lane="gpu", silence=30.0),
+    )
+}
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:

@@ -14,7 +14,7 @@ from daemon.config import BadSettings, load_settings
 from daemon.state import State
 from sessions import layout
 from sessions.files import write_text
-from sessions.manifest import Manifest
+from sessions.manifest import Manifest, Record
 
 _SPEC = "# Written by `fastsd train`: an empty train.yaml trains with the defaults. See train.example.yaml.\n"
 
@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> int:
     return complain(f"no model was made; {status} says why", FAILED)
 
 
-def _models(folder: Path) -> list[dict[str, object]]:
+def _models(folder: Path) -> list[Record]:
     return [dict(record) for record in Manifest.load(folder).of_kind("convert")]
 
 

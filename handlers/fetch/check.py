@@ -8,6 +8,8 @@ from handlers.models import headers, pickles
 from sessions import files
 from sessions.refusal import Refusal
 
+_PAGES = frozenset({"text/html", "application/xhtml+xml", "application/json"})
+
 
 def check_start(start: bytes, content_type: str) -> None:
     """Refuse what is no model from its type and first bytes, before the rest is fetched.
@@ -15,8 +17,10 @@ def check_start(start: bytes, content_type: str) -> None:
     Raises:
         Refusal: it is a web page or an error message.
     """
-    page = content_type.split(";")[0].strip().lower() in {"text/html", "application/xhtml+xml", "application/json"}
-    if page or start[:1] in {b"<", b"{"}:
+    kind = content_type.partition(";")[0].strip().lower()
+    # A safetensors file begins with its header's length, whose first byte may be anything.
+    header_follows = start[4:9] == b"\0\0\0\0{"
+    if kind in _PAGES or (start[:1] in {b"<", b"{"} and not header_follows):
         raise Refusal(
             "download",
             "The server sent a page, not a file.",

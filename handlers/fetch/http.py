@@ -64,6 +64,7 @@ def download(
     target: Path,
     scratch: Path,
     progress: Callable[[float, float], None],
+    *,
     sha256: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
@@ -191,11 +192,13 @@ def _request(url: str, part: _Part, target: Path, progress: Callable[[float, flo
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows a redirect only to an address that would be taken itself. The token is never sent on."""
 
-    def redirect_request(
-        self, request: urllib.request.Request, answer: IO[bytes], code: int, message: str, headers: Any, url: str
+    def redirect_request(  # noqa: PLR0917 - the library calls it so
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        check_address(url)
-        return super().redirect_request(request, answer, code, message, headers, url)
+        host = check_address(newurl)
+        if urlsplit(newurl).scheme != "https" and host != urlsplit(req.full_url).hostname:
+            raise Refusal("download", "The server sends on to this machine.", "Give the file's own address.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _extent(status: int, headers: dict[str, str], have: int) -> tuple[int, int]:
@@ -246,7 +249,6 @@ def _receive(
             if not block:
                 break
             if done == 0:
-                # A safetensors file begins with a length: its ninth byte is the first brace.
                 check_start(block, content_type)
             file.write(block)
             done += len(block)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _FREE_AFTER = 1 << 30
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository: its path, its size in bytes (0: not known) and its SHA-256, which only large ones have."""
+    """A file of a repository: its path, its bytes (0: not known) and its SHA-256, which only large ones have."""
 
     path: str
     size: int
@@ -83,7 +84,7 @@ def fetch(entry: Entry, folder: Path, progress: Callable[[float, float], None], 
         _check_room(folder, sum(file.size for file in needed))
         # The index last: with it the model counts as present.
         needed.sort(key=lambda file: file.path == entry.index)
-        _fetch_all(entry, folder, needed, about.sha, progress, endpoint)
+        _fetch_all(entry, folder, needed, progress, revision=about.sha, endpoint=endpoint)
     except GatedRepoError:
         reason = (
             f"{entry.name} is given out only after its licence ({entry.licence}) is accepted: "
@@ -116,8 +117,9 @@ def _fetch_all(
     entry: Entry,
     folder: Path,
     needed: list[HubFile],
-    revision: str | None,
     progress: Callable[[float, float], None],
+    *,
+    revision: str | None,
     endpoint: str | None,
 ) -> None:
     from huggingface_hub import hf_hub_download
@@ -126,7 +128,7 @@ def _fetch_all(
     done = 0
     progress(done, total)
     for file in needed:
-        bar = _bar(lambda received, base=done: progress(base + received, total))
+        bar = _bar(partial(_tell, progress, done, total))
         path = Path(
             hf_hub_download(
                 entry.origin, file.path, revision=revision, local_dir=folder, endpoint=endpoint, tqdm_class=bar
@@ -139,20 +141,23 @@ def _fetch_all(
         progress(done, total)
 
 
+def _tell(progress: Callable[[float, float], None], base: int, total: int, received: int) -> None:
+    progress(base + received, total)
+
+
 def _bar(received: Callable[[int], None]) -> Any:
     """A silent tqdm class that tells how far one file is."""
-    from huggingface_hub.utils import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    class Bar(tqdm):  # type: ignore[type-arg, misc, unused-ignore] # generic only to the checker
+    class Bar(tqdm):  # type: ignore[misc] # it has no types
         """Counts what tqdm is told, prints nothing."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            options["disable"] = False
-            options["file"] = _Nowhere()
-            super().__init__(*arguments, **options)
+            known = {key: value for key, value in options.items() if key != "name"}
+            super().__init__(*arguments, **{**known, "disable": False, "file": _Nowhere()})
 
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
+            shown = bool(super().update(n))
             received(int(self.n))
             return shown
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 GUIDANCE = 7.5
@@ -44,7 +44,7 @@ def draw(
         text_encoder=text_encoder,
         tokenizer=pipeline.tokenizer,
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
+        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

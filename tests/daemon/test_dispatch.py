@@ -29,19 +29,7 @@ from handlers.context import Waiting
 from handlers.kinds import Kind
 from handlers.outcome import Outcome
 from sessions.refusal import Refusal
-from tests.probes import alive, kind, until
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-KINDS = {
-    kind.name: kind
-    for kind in (
-        kind("probe", attempts=2),
-        kind("other", attempts=2),
-        kind("batch", handler="BatchProbe", batch=4, attempts=3),
-        kind("train", lane="gpu", silence=30.0),
-    )
-}
+from tests.probes import ENVIRONMENT, KINDS, ROOT, alive, until
 
 
 class Recorder(Hooks):
@@ -572,7 +560,7 @@ from daemon.dispatch import Dispatcher
 from daemon.ledger import Hooks
 from daemon.queue import Queue
 from daemon.slots import WorkerSettings
-from tests.daemon.test_dispatch import ENVIRONMENT, KINDS
+from tests.probes import ENVIRONMENT, KINDS
 
 folder = Path(sys.argv[1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,10 +15,7 @@ import pytest
 from daemon.oneoff import run_payloads
 from daemon.slots import WorkerSettings
 from handlers.outcome import Outcome
-from tests.probes import alive, kind, until
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from tests.probes import ENVIRONMENT, ROOT, alive, kind, until
 
 
 def settings(folder: Path) -> WorkerSettings:
@@ -96,10 +92,12 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from daemon.oneoff import run_payloads
-from tests.daemon.test_oneoff import settings
-from tests.probes import kind
+from daemon.slots import WorkerSettings
+from tests.probes import ENVIRONMENT, kind
+folder = Path(sys.argv[1])
+settings = WorkerSettings(folder / "cache", folder / "logs", ENVIRONMENT)
 try:
-    for index, outcome in run_payloads(kind(), json.loads(sys.argv[2]), settings(Path(sys.argv[1]))):
+    for index, outcome in run_payloads(kind(), json.loads(sys.argv[2]), settings):
         print(index, outcome.state, flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)

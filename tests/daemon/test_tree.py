@@ -305,6 +305,32 @@ def test_a_restart_hands_on_only_what_changed_and_a_lost_database_everything(roo
     asyncio.run(check())
 
 
+def test_a_scan_waits_for_room_when_very_much_is_new(
+    root: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.tree._WAITING_AT_MOST", 10)
+    monkeypatch.setattr("daemon.tree._STEP_SECONDS", 0.0)
+    for number in range(30):
+        (root / str(number)).mkdir()
+        for name in "abcde":
+            (root / str(number) / f"{name}.jpg").write_bytes(b"x")
+
+    async def check() -> None:
+        most = 0
+        async with watching(root, database, wait=False) as watched:
+
+            def is_complete() -> bool:
+                nonlocal most
+                most = max(most, watched.tree.unsettled)
+                return watched.tree.first_scan.is_set()
+
+            await watched.until(is_complete)
+            assert watched.counts == Counter(watched.tree_facts().keys())
+            assert 5 <= most < 15
+
+    asyncio.run(check())
+
+
 def test_what_the_consumer_did_not_take_is_handed_on_again(
     root: Path, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

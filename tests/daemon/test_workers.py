@@ -16,10 +16,7 @@ import pytest
 
 from daemon.workers import MARK, Ended, Plan, Progress, WorkerProcess, end_orphans, start_worker
 from handlers.outcome import Outcome
-from tests.probes import alive, kind, until
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from tests.probes import ENVIRONMENT, alive, kind, until
 
 
 def plan(folder: Path, **changes: Any) -> Plan:

@@ -20,9 +20,8 @@ from handlers.outcome import Outcome
 from handlers.pipe import ProgressThrottle, Reporter
 from handlers.worker import Desk, Worker, load_handler
 from sessions.refusal import Refusal
-from tests.probes import BatchProbe, Probe
+from tests.probes import ROOT, BatchProbe, Probe
 
-ROOT = Path(__file__).parents[2]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
