@@ -15,9 +15,10 @@ from typing import Any
 from daemon.config import Settings
 from daemon.index import Index
 from daemon.routing import SpecRecord
+from daemon.runs import read_json
 from daemon.session import Session, Sessions
 from sessions import layout
-from sessions.captions import read_caption
+from sessions.captions import Chosen, read_caption
 from sessions.spec import TrainSpec, parse_spec
 
 
@@ -119,8 +120,10 @@ class Preparer:
             "spec_record": spec_record.to_json(),
         }
         # A run that has begun goes by its own run.json, whatever became of the train.yaml (promise 1).
-        if (session.folder / layout.RUNS / stored["run"] / "run.json").exists():
-            return {**common, "name": session.name, "spec": None, "base": None, "pictures": None}
+        begun = read_json(session.folder / layout.RUNS / stored["run"] / "run.json")
+        if begun is not None:
+            base = str((begun.get("base") or {}).get("name") or self.settings.base)
+            return {**common, "name": begun.get("name"), "spec": begun.get("spec"), "base": base, "pictures": []}
         try:
             text = (session.folder / spec_record.path).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -131,7 +134,7 @@ class Preparer:
             "name": spec.name or session.name,
             "spec": spec.to_json(),
             "base": base_name(spec, self.settings),
-            "pictures": training_pictures(session, self.index, spec),
+            "pictures": training_pictures(session, self.index),
         }
 
     def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,44 +178,47 @@ def person_text(picture: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def training_pictures(session: Session, index: Index, spec: TrainSpec) -> list[dict[str, Any]]:
+def training_pictures(session: Session, index: Index) -> list[dict[str, Any]]:
     """The pictures of a session that a run begins with: those that have a crop, with their window and caption.
 
-    A generated caption counts where the spec wants captions (or trains a style); a person's counts unless it says no.
+    Whether a caption is used is the run's affair: ``caption_by`` says whether a person wrote it.
     """
-    generated = spec.captions is True or (spec.captions == "auto" and spec.concept == "style")
     pictures = []
-    shape_free = sorted(session.manifest.of_kind("crop"), key=lambda record: str(record["source"]))
-    for record in shape_free:
+    for record in sorted(session.manifest.of_kind("crop"), key=lambda record: str(record["source"])):
         relative = record["source"]
         if index.lookup(session.tree_path(relative)) is None:
             continue
-        caption = None
-        if spec.captions is not False:
-            caption = caption_of(session, relative, record["stem"], with_generated=generated)
+        chosen = caption_of(session, relative, record["stem"])
+        caption = session.manifest.get("caption", relative) or {}
         pictures.append(
             {
                 "source": os.fspath(session.folder / relative),
                 "sha256": record["sha256"],
                 "box": record["box"],
-                "caption": caption,
+                "subject": record.get("subject"),
+                "noun": next((noun_of(entity["phrase"]) for entity in caption.get("entities", ())), None),
+                "caption": chosen.line if chosen else None,
+                "caption_by": None if chosen is None else "fastsd" if chosen.origin == "generated" else "person",
             },
         )
     return pictures
 
 
-def caption_of(session: Session, relative: str, stem: str, *, with_generated: bool) -> str | None:
-    """The line that a picture trains with: a person's, else (where wanted) the generated one."""
+def noun_of(phrase: str) -> str:
+    """What a grounded phrase is about, without its article: "a snowman" → "snowman"."""
+    words = phrase.split()
+    return " ".join(words[1:] if len(words) > 1 and words[0].lower() in ("a", "an", "the") else words)
+
+
+def caption_of(session: Session, relative: str, stem: str) -> Chosen | None:
+    """The line that may train with a picture: a person's, else the generated one."""
     record = session.manifest.get("caption", relative) or {}
     beside = person_text(session.folder / relative)
-    chosen = read_caption(
+    return read_caption(
         _bytes_of(session.folder / layout.CAPTIONS / f"{stem}.txt"),
-        beside.read_bytes() if beside else None,
+        _bytes_of(beside) if beside else None,
         [record.get("text_sha256")],
     )
-    if chosen is None or (chosen.origin == "generated" and not with_generated):
-        return None
-    return chosen.line
 
 
 def _bytes_of(file: Path) -> bytes | None:

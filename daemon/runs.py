@@ -29,7 +29,7 @@ def recorded_runs(session: Session) -> list[RecordedRun]:
     """All runs that the session's folder records, in no order. A run.json that cannot be read is passed over."""
     runs: dict[str, RecordedRun] = {}
     for file in sorted((session.folder / RUNS).glob("*/run.json")):
-        value = _read(file)
+        value = read_json(file)
         if value is not None and isinstance(value.get("spec_record"), dict):
             identity = str(value.get("run") or file.parent.name)
             runs[identity] = RecordedRun(identity, SpecRecord.from_json(value["spec_record"]))
@@ -43,7 +43,8 @@ def recorded_runs(session: Session) -> list[RecordedRun]:
     return list(runs.values())
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object in a file; None where there is none that can be read."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError):

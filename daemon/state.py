@@ -11,10 +11,13 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from sessions.layout import PRIVATE
 
 # The longest path that fits a Unix socket's address on Linux, with its closing zero byte (unix(7)).
 _SOCKET_PATH_BYTES = 107
@@ -125,11 +128,15 @@ class TreeIsHeld(Exception):  # noqa: N818 - it says what is the case
 
 
 class TreeLock:
-    """One process a tree. The kernel gives the lock back when its holder dies, however it dies."""
+    """One process a tree. The kernel gives the lock back when its holder dies, however it dies.
+
+    Two files are locked: one in the state folder, and one in the tree itself, so that a second daemon with another
+    state folder is found out too. Mounts that know no locks have the first alone.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._descriptor: int | None = None
+        self._descriptors: list[int] = []
 
     def __enter__(self) -> Self:
         """Take the lock.
@@ -137,20 +144,33 @@ class TreeLock:
         Raises:
             TreeIsHeld: another process has it.
         """
-        descriptor = os.open(self._state.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._take(self._state.folder / "lock")
+            with suppress(OSError):
+                in_tree = self._state.root / PRIVATE / "lock"
+                in_tree.parent.mkdir(exist_ok=True)
+                self._take(in_tree)
+        except TreeIsHeld:
+            self._give_back()
+            raise
+        return self
+
+    def _take(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = read_holder(descriptor)
             os.close(descriptor)
             raise TreeIsHeld(holder, self._state.root) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptors.append(descriptor)
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime())
-        os.pwrite(
-            descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode(), 0
-        )
-        self._descriptor = descriptor
-        return self
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
     def __exit__(
         self,
@@ -159,10 +179,14 @@ class TreeLock:
         traceback: TracebackType | None,
     ) -> None:
         """Give the lock back."""
-        if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._descriptors:
+            descriptor = self._descriptors.pop()
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
 
 
 def read_holder(descriptor: int) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_other_families_are_refused(source: Path, tmp_path: Path) -> None:
 def test_too_little_room_is_said_with_numbers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(Waiting, match=r"0\.03 GB .* 0\.00 GB"):
+    with pytest.raises(Waiting, match=r"needs 0\.0[1-9] GB .* 0\.00 GB are free"):
         convert(source, tmp_path / "m.safetensors")
 
 

@@ -50,9 +50,14 @@ def test_nothing_half_finished_is_visible_after_a_kill(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_no_temp(tmp_path: Path) -> None:
     final = tmp_path / "a.txt"
     final.write_text("old")
-    with pytest.raises(RuntimeError, match="stop"), files.atomic_file(final) as file:
-        file.write(b"new")
-        raise RuntimeError("stop")
+
+    def write_and_fail() -> None:
+        with files.atomic_file(final) as file:
+            file.write(b"new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_and_fail()
     assert final.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 

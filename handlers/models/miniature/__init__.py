@@ -14,13 +14,13 @@ from sessions import files
 VERSION = "1"
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("miniature", "miniature-captioner")
-_READY = "READY"
+READY = "READY"
 
 
 def shipped(name: str) -> Path | None:
     """The packaged folder of a trained miniature, or None where it has none yet."""
     folder = WEIGHTS / name
-    return folder if (folder / _READY).is_file() else None
+    return folder if (folder / READY).is_file() else None
 
 
 def folder_of(name: str, cache: Path) -> Path:
@@ -50,14 +50,14 @@ def ensure(name: str, cache: Path) -> Path:
         message = f"there is no miniature called {name!r}"
         raise ValueError(message)
     final = folder_of(name, cache)
-    if (final / _READY).is_file():
+    if (final / READY).is_file():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(final.parent)
     temporary = files.temporary_name(final)
     try:
         _build(name, temporary)
-        (temporary / _READY).write_text(f"{VERSION}\n")
+        (temporary / READY).write_text(f"{VERSION}\n")
         _sync_tree(temporary)
         _publish(temporary, final)
     finally:
@@ -89,5 +89,5 @@ def _publish(temporary: Path, final: Path) -> None:
     try:
         files.publish(temporary, final)
     except OSError:
-        if not (final / _READY).is_file():
+        if not (final / READY).is_file():
             raise

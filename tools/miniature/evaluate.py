@@ -1,0 +1,144 @@
+"""Measure the miniatures on fresh seeds: ``python -m tools.miniature.evaluate [--weights DIR] [--json]``.
+
+The VAE by PSNR, drawing by ``judge`` (which knows nothing of the model), captions against the world's truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
+
+from handlers.models import miniature
+from handlers.models.miniature import world
+from tools.miniature import judge, pool
+
+STEPS = 25
+GUIDANCE = 4.0
+BATCH = 25
+
+
+@torch.no_grad()
+def vae_figures(vae: AutoencoderKL, pictures: int) -> dict[str, float]:
+    """Mean PSNR of fresh pictures of one to three things, there and back."""
+    drawn = pool.drawn(pictures, pool.FRESH_SEED, most_things=3)
+    found = []
+    for pixels in drawn.pixels:
+        values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        made = vae.decode(vae.encode(values).latent_dist.mean).sample.clamp(-1, 1)
+        back = ((made[0] + 1) * 127.5).permute(1, 2, 0).numpy().astype(np.float64)
+        found.append(judge.psnr(back, pixels.astype(np.float64)))
+    return {"psnr": float(np.mean(found)), "psnr_worst_tenth": float(np.quantile(found, 0.1))}
+
+
+def drawing_figures(pipeline: StableDiffusionPipeline, prompts: int, sheet: Path | None) -> dict[str, Any]:
+    """Draw fresh prompts on plain backgrounds and judge them."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    scenes = [
+        world.random_scene(np.random.default_rng((pool.FRESH_SEED, index)), textures=("plain",))
+        for index in range(prompts)
+    ]
+    right: dict[str, int] = defaultdict(int)
+    wrong: dict[str, int] = defaultdict(int)
+    images: list[Image.Image] = []
+    for start in range(0, prompts, BATCH):
+        part = scenes[start : start + BATCH]
+        texts = [f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}" for scene in part]
+        drawn = pipeline(
+            texts,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(pool.FRESH_SEED + start),
+        ).images
+        images += drawn
+        for scene, image in zip(part, drawn, strict=True):
+            seen, thing = judge.look(image), scene.things[0]
+            right["colour"] += seen.colour == thing.colour
+            right["shape"] += seen.shape == thing.shape
+            right["background"] += seen.background == scene.background
+            right["all"] += (seen.colour, seen.shape, seen.background) == (thing.colour, thing.shape, scene.background)
+            if seen.shape != thing.shape:
+                wrong[f"{thing.shape} drawn as {seen.shape}"] += 1
+            if seen.colour != thing.colour:
+                wrong[f"{thing.colour} drawn as {seen.colour}"] += 1
+    if sheet:
+        _write_sheet(images, sheet)
+    worst = dict(sorted(wrong.items(), key=lambda item: -item[1])[:8])
+    return {f"{what}_right": count / prompts for what, count in right.items()} | {"confused": worst}
+
+
+def _write_sheet(images: list[Image.Image], path: Path) -> None:
+    columns = 20
+    canvas = Image.new("RGB", (columns * 66, -(-len(images) // columns) * 66), "white")
+    for index, image in enumerate(images):
+        canvas.paste(image, (index % columns * 66, index // columns * 66))
+    canvas.save(path)
+
+
+@torch.no_grad()
+def caption_figures(
+    model: Kosmos2ForConditionalGeneration, processor: Kosmos2Processor, pictures: int
+) -> dict[str, Any]:
+    """Caption fresh pictures of one to four things; things are matched in order, as captions name them."""
+    drawn = pool.drawn(pictures, pool.FRESH_SEED + 1, most_things=4)
+    words: dict[str, list[bool]] = defaultdict(list)
+    overlaps: dict[int, list[float]] = defaultdict(list)
+    images = [Image.fromarray(pixels) for pixels in drawn.pixels]
+    for start in range(0, pictures, BATCH):
+        batch = images[start : start + BATCH]
+        inputs = processor(images=batch, text=["<grounding>An image of"] * len(batch), return_tensors="pt")
+        given = {
+            key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask", "image_embeds_position_mask")
+        }
+        said = model.generate(**given, max_new_tokens=64, do_sample=False)
+        for offset, raw in enumerate(processor.batch_decode(said, skip_special_tokens=True)):
+            number = start + offset
+            scene, boxes = drawn.scenes[number], drawn.boxes[number]
+            caption, entities = processor.post_process_generation(raw)
+            words["whole caption"].append(caption == world.caption(scene))
+            words["count"].append(len(entities) == len(boxes))
+            words["background"].append(caption.endswith(f"on {world.background_phrase(scene)}."))
+            for index, (thing, box) in enumerate(zip(scene.things, boxes, strict=True)):
+                phrase, _span, found = entities[index] if index < len(entities) else ("", None, [])
+                words["colour"].append(thing.colour in phrase.split())
+                words["shape"].append(thing.shape in phrase.split())
+                overlaps[len(boxes)].append(judge.box_overlap(found[0], box) if found else 0.0)
+    rates = {f"{what}_right": sum(rows) / len(rows) for what, rows in words.items()}
+    return rates | {f"iou_{things}": float(np.mean(rows)) for things, rows in sorted(overlaps.items())}
+
+
+def main() -> None:
+    """Measure what there is; one JSON object."""
+    parser = argparse.ArgumentParser(description="Measure the miniatures on fresh seeds.")
+    parser.add_argument("--weights", type=Path, default=miniature.WEIGHTS, help="folder of the miniatures")
+    parser.add_argument("--count", type=int, default=200, help="pictures and prompts each")
+    parser.add_argument("--sheet", type=Path, help="write what was drawn here")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    began = time.monotonic()
+    drawing, captioner = options.weights / "miniature", options.weights / "miniature-captioner"
+    if drawing.is_dir():
+        pipeline = StableDiffusionPipeline.from_pretrained(drawing, local_files_only=True, torch_dtype=torch.float32)
+        figures["vae"] = vae_figures(pipeline.vae, options.count)
+        figures["drawing"] = drawing_figures(pipeline, options.count, options.sheet)
+    if captioner.is_dir():
+        model = Kosmos2ForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
+        figures["captions"] = caption_figures(model, Kosmos2Processor.from_pretrained(captioner), options.count)
+    figures["seconds"] = round(time.monotonic() - began, 1)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

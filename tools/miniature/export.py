@@ -1,0 +1,71 @@
+"""Write trained states as the folders that the package ships: ``python -m tools.miniature.export --state DIR``.
+
+Weights are float16; ``miniature.ensure`` gives these folders from then on. A family whose states are missing is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from handlers.models import miniature
+from handlers.models.miniature import captioner, drawing
+from tools.miniature import latents, pool, train_captioner, training
+
+
+def drawing_family(state: Path, target: Path) -> None:
+    """VAE (standardised as in training), text encoder and UNet as a Diffusers folder."""
+    vae, text_encoder, unet = drawing.vae(), drawing.text_encoder(), drawing.unet()
+    training.load_mean(state / "vae.pt", [vae])
+    unet_about = training.load_mean(state / "unet.pt", [unet])
+    saved = torch.load(state / "text.pt", weights_only=True)["mean"]
+    text_encoder.load_state_dict({key[2:]: value for key, value in saved.items() if key.startswith("0.")})
+    standardised(vae)
+    drawing.save(drawing.pipeline(vae=vae, text_encoder=text_encoder, unet=unet), target, torch.float16)
+    print(f"{target.name}: UNet of {unet_about['step']} steps, {unet_about['minutes']:.0f} minutes")
+
+
+def standardised(vae: drawing.AutoencoderKL) -> None:
+    """Give the VAE the spread of latents that train_drawing gave it: from the same pictures."""
+    from tools.miniature.train_drawing import PICTURES
+
+    latents.standardise(vae, latents.encode(vae, pool.drawn(PICTURES, pool.TRAINING_SEED + 1)))
+
+
+def captioning_family(state: Path, target: Path) -> None:
+    """The captioner as a transformers folder; its eyes' heads are thrown away."""
+    tools = captioner.processor()
+    model = captioner.model(len(tools.tokenizer))
+    eyes = train_captioner.Eyes(model.config.text_config.embed_dim)
+    about = training.load_mean(state / "captioner.pt", [model, eyes])
+    captioner.save(model, tools, target, torch.float16)
+    print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
+
+
+FAMILIES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "miniature": ("unet.pt", drawing_family),
+    "miniature-captioner": ("captioner.pt", captioning_family),
+}
+
+
+def main() -> None:
+    """Write every family whose last state is there."""
+    parser = argparse.ArgumentParser(description="Write trained miniatures as the package ships them.")
+    parser.add_argument("--state", type=Path, required=True, help="folder of states")
+    parser.add_argument("--target", type=Path, default=miniature.WEIGHTS, help="folder to write (the package's)")
+    parser.add_argument("--only", choices=sorted(FAMILIES), help="this family alone")
+    options = parser.parse_args()
+    for name, (last, write) in FAMILIES.items():
+        if options.only in {None, name} and (options.state / last).is_file():
+            folder = options.target / name
+            shutil.rmtree(folder, ignore_errors=True)
+            write(options.state, folder)
+            (folder / miniature.READY).write_text(f"{miniature.VERSION}\n")
+
+
+if __name__ == "__main__":
+    main()
