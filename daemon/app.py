@@ -15,6 +15,7 @@ from pathlib import Path
 from daemon import control
 from daemon.commander import Commander
 from daemon.config import Settings
+from daemon.devices import gpu_devices
 from daemon.dispatch import Dispatcher
 from daemon.gates import CaptionGate, Gates
 from daemon.hooks import TreeHooks
@@ -78,6 +79,7 @@ class Daemon:
         self._stops = 0
         self._hurry: asyncio.Task[None] | None = None
         root, cache = state.root, cache_home(environment)
+        devices = gpu_devices(environment)
 
         self.index = Index(state.index)
         self.queue = Queue(state.queue)
@@ -140,10 +142,10 @@ class Daemon:
         )
         self.dispatcher = Dispatcher(
             self.queue,
-            {"cpu": os.cpu_count() or 1, "gpu": 1, "net": 1},
+            {"cpu": os.cpu_count() or 1, "gpu": max(1, len(devices)), "net": 1},
             WorkerSettings(cache, state.logs, dict(environment), mark=os.fspath(state.folder)),
             hooks,
-            devices=environment.get("FASTSD_DEVICES", "").split(",") if environment.get("FASTSD_DEVICES") else (),
+            devices=devices,
         )
         self.reporter = Reporter(self)
         self._notifier = Notifier(environment)

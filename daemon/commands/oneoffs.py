@@ -164,6 +164,7 @@ def _run(
     workers: int = 1,
 ) -> int:
     """Run payloads and print a row each, as they end."""
+    from daemon.devices import gpu_devices
     from daemon.oneoff import run_payloads
     from daemon.slots import WorkerSettings
     from daemon.terminal import display_for_terminal
@@ -186,6 +187,7 @@ def _run(
                 payloads,
                 settings,
                 workers=workers,
+                devices=gpu_devices(os.environ) if KINDS[kind].lane == "gpu" else (),
                 on_progress=lambda number, report: display.show(number, kind, subjects[number], report),
             ):
                 display.end(index)

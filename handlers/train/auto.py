@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from handlers.train.prompts import instance_token
+from handlers.train.prompts import head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
 
@@ -210,7 +210,8 @@ def _concept(pictures: Sequence[Mapping[str, Any]]) -> str:
 def _noun(concept: str, pictures: Sequence[Mapping[str, Any]]) -> str:
     if concept == "face":
         return "person"
-    nouns = Counter(str(picture["noun"]) for picture in pictures if picture.get("noun"))
+    nouns = Counter(head_noun(str(picture["noun"])) for picture in pictures if picture.get("noun"))
+    nouns.pop("", None)
     return "" if concept == "style" or not nouns else min(nouns, key=lambda noun: (-nouns[noun], noun))
 
 

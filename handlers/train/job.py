@@ -37,7 +37,8 @@ class TrainHandler:
 
         Payload: ``folder``, ``root``, ``session``, ``run``, ``name``, ``spec``, ``spec_record``, ``base``, ``models``,
         ``pictures``: ``source``, ``sha256``, ``box``, ``caption``, and where known ``caption_by`` (``person``),
-        ``subject``, ``noun``.
+        ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free. A run that has its
+        ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
             Refusal: too few pictures, too little disk, a wrong combination, or the training diverged.
@@ -53,7 +54,9 @@ class TrainHandler:
         if record and record.get("state") == "finished" and finished_folder(place.now(), run.run).is_dir():
             return _result(place, record)
         models = payload.get("models")
-        base = find_base(str(payload["base"]), Path(models) if models else None, context.cache)
+        # A run that began goes by what it wrote down, whatever became of the train.yaml and the pictures.
+        name = str(record["base"]["name"] if record else payload["base"])
+        base = find_base(name, Path(models) if models else None, context.cache)
         try:
             return _train(context, place, run, base, record)
         except Cancelled:
@@ -158,7 +161,7 @@ def _prepare(
         plan = Plan.from_json(
             {**plan.to_json(), "prompts": sample_prompts(plan.instance, plan.class_, plan.concept, sources)}
         )
-    _check_room(place, base, plan)
+    _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
     encoded = dataset.encode(
         rendered.images,
         pipeline.vae,
@@ -239,7 +242,7 @@ def _precision(device: str) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def _check_room(place: Place, base: BaseModel, plan: Plan) -> None:
+def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
     counts = base.parameters()
     trained = counts["unet"] + (counts["text_encoder"] if plan.text_encoder_steps else 0)
@@ -247,12 +250,13 @@ def _check_room(place: Place, base: BaseModel, plan: Plan) -> None:
     checkpoints = 12 * trained * (checkpoint.KEPT + 1)
     result = 2 * sum(counts.values()) * base.finished_dtype().itemsize
     free = shutil.disk_usage(place.now()).free
-    if free < checkpoints + result:
+    if free < checkpoints + result + reserve:
         raise Refusal(
             "disk",
             f"Training {plan.base} needs {(checkpoints + result) / 1e9:.2f} GB of disk "
             f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model); "
-            f"{free / 1e9:.2f} GB are free.",
+            f"{free / 1e9:.2f} GB are free"
+            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
             "Make room and save train.yaml again.",
         )
 

@@ -53,6 +53,15 @@ def instance_token(sources: Sequence[str], session: str) -> str:
     return _RARE[sum(session.encode()) % len(_RARE)]
 
 
+def head_noun(phrase: str) -> str:
+    """The noun of a grounded phrase: "a small black dog with a ball" is a dog. English; empty where there is none."""
+    before = re.split(r"\b(?:with|of|in|on|at|by|from|for|and|that|which|who|wearing|holding)\b|,", phrase.casefold())[
+        0
+    ]
+    words = re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", before)
+    return "" if not words or words[-1] in ("a", "an", "the", "it", "this", "that") else words[-1]
+
+
 def subject_of(instance: str, noun: str, source: str) -> str:
     """Token and noun of one picture: "zwx dog"; for ``filename`` the picture's own name counts as token."""
     token = spoken_stem(source) or "picture" if instance == "filename" else instance

@@ -181,6 +181,9 @@ def test_refused_before_anything_is_written(cache: Path, tmp_path: Path, monkeyp
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
         with pytest.raises(Refusal, match=r"needs 0\.\d\d GB of disk .* 0\.01 GB are free"):
             train(payload_of(session, ""), cache)
+    reserve = usage.free
+    with pytest.raises(Refusal, match="must stay free"):
+        train(payload_of(session, "", disk_reserve=reserve), cache)
     with pytest.raises(Waiting, match="fastsd models get sd15"):
         train(payload_of(session, "", base="sd15"), cache)
     with pytest.raises(Refusal, match="known"):

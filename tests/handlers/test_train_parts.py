@@ -15,7 +15,7 @@ from handlers.train import checkpoint, dataset, loop, randomness
 from handlers.train.auto import Base, Plan, make_plan
 from handlers.train.charts import grid, smooth, write_loss_curve
 from handlers.train.place import Place, folder_in
-from handlers.train.prompts import instance_token, sample_prompts, spoken_stem, training_prompt
+from handlers.train.prompts import head_noun, instance_token, sample_prompts, spoken_stem, training_prompt
 from handlers.train.run import RunFolder
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
@@ -53,7 +53,7 @@ def test_what_is_written_wins_over_the_table() -> None:
 def test_concept_class_and_captions_from_the_pictures() -> None:
     face = plan_of("", subject="face")
     assert (face.concept, face.class_, face.captions) == ("face", "person", "none")
-    thing = plan_of("", subject="grounded", noun="teapot")
+    thing = plan_of("", subject="grounded", noun="a white teapot on a table")
     assert (thing.concept, thing.class_, thing.captions) == ("object", "teapot", "person")
     assert plan_of("captions: true").captions == "all"
     assert plan_of("concept: style").captions == "all"
@@ -92,6 +92,14 @@ def test_cameras_names_are_none(sources: list[str]) -> None:
     assert 3 <= len(token) <= 4
     assert token == instance_token(["other.jpg", "names.jpg"], "5e55")
     assert len({instance_token(sources, f"{number:x}") for number in range(64)}) > 8
+
+
+@pytest.mark.parametrize(
+    ("phrase", "noun"),
+    [("a dog", "dog"), ("The old T-shirt", "t-shirt"), ("a man wearing a hat", "man"), ("it", ""), ("", "")],
+)
+def test_head_nouns(phrase: str, noun: str) -> None:
+    assert head_noun(phrase) == noun
 
 
 def test_prompts() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from handlers.models import miniature
 from handlers.models.miniature import captioner, drawing
@@ -29,7 +30,7 @@ def drawing_family(state: Path, target: Path) -> None:
     print(f"{target.name}: UNet of {unet_about['step']} steps, {unet_about['minutes']:.0f} minutes")
 
 
-def standardised(vae: drawing.AutoencoderKL) -> None:
+def standardised(vae: AutoencoderKL) -> None:
     """Give the VAE the spread of latents that train_drawing gave it: from the same pictures."""
     from tools.miniature.train_drawing import PICTURES
 

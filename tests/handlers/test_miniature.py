@@ -1,0 +1,188 @@
+"""The miniatures: the real classes, built or shipped, loaded as whoever uses them loads them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoProcessor, CLIPTokenizer, Kosmos2ForConditionalGeneration
+
+from handlers.models import miniature
+from handlers.models.miniature import captioner, drawing, vocabulary
+from tests import pictures
+
+GIVEN = ("pixel_values", "input_ids", "attention_mask", "image_embeds_position_mask")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both miniatures of random weights, whatever is shipped."""
+    folder = tmp_path_factory.mktemp("built")
+    drawing.build(folder / "drawing")
+    captioner.build(folder / "captioner")
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)}:{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_the_same_weights_come_out_every_time(built: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    drawing.build(tmp_path / "again")
+    assert torch.equal(before, torch.random.get_rng_state())
+    first, again = weights_of(built / "drawing"), weights_of(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_drawing_miniature_has_the_blocks_and_names_of_sd1(built: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(built / "drawing", local_files_only=True)
+    unet, vae = pipeline.unet, pipeline.vae
+    assert unet.config.down_block_types == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    assert unet.config.up_block_types == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    assert (unet.config.layers_per_block, len(unet.config.block_out_channels)) == (2, 4)
+    assert unet.config.attention_head_dim == 8
+    # SD 1's UNet has 686 tensors, its VAE 248, its text encoder 12 layers of 16 tensors and 4 more.
+    assert len(unet.state_dict()) == 686
+    assert len(vae.state_dict()) == 248
+    layers = pipeline.text_encoder.config.num_hidden_layers
+    assert len(pipeline.text_encoder.state_dict()) == 16 * layers + 4
+    assert pipeline.text_encoder.config.max_position_embeddings == 77
+    assert vae.config.scaling_factor == 0.18215
+    latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
+    assert latents.shape == (1, 4, 8, 8)
+    betas = pipeline.scheduler.betas
+    assert (betas[0].item(), betas[-1].item()) == (pytest.approx(0.00085), pytest.approx(0.012))
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+
+
+def test_the_drawing_miniature_draws_from_a_prompt(built: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(built / "drawing", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        generator = torch.Generator().manual_seed(3)
+        made = pipeline(prompt, num_inference_steps=2, height=64, width=64, generator=generator).images[0]
+        return np.asarray(made)
+
+    first = draw("a red circle")
+    assert first.shape == (64, 64, 3)
+    assert np.array_equal(first, draw("a red circle"))
+    assert not np.array_equal(first, draw("a blue square on a white background"))
+
+
+def test_the_captioner_speaks_through_its_real_processor(built: Path) -> None:
+    processor = AutoProcessor.from_pretrained(built / "captioner")
+    model = Kosmos2ForConditionalGeneration.from_pretrained(built / "captioner").eval()
+    size = processor.image_processor.size
+    assert (size["height"], size["width"]) == (captioner.RESOLUTION, captioner.RESOLUTION)
+    image = pictures.photograph("chelsea.png")
+    inputs = processor(images=image, text="<grounding>An image of", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, captioner.RESOLUTION, captioner.RESOLUTION)
+    assert inputs["image_embeds_position_mask"].sum() == captioner.LATENT_QUERIES
+    said = model.generate(**{key: inputs[key] for key in GIVEN}, max_new_tokens=8, do_sample=False)
+    assert said.shape[1] > inputs["input_ids"].shape[1]
+    text = processor.batch_decode(said, skip_special_tokens=True)[0]
+    assert "<grounding> An image of" in text
+
+
+def test_grounding_goes_there_and_back_through_the_tokenizer(built: Path) -> None:
+    processor = AutoProcessor.from_pretrained(built / "captioner")
+    grounded = (
+        "<grounding>An image of<phrase> a small red circle</phrase><object><patch_index_0044><patch_index_0863></object> "
+        "on a blue background."
+    )
+    ids = processor.tokenizer(grounded, add_special_tokens=False).input_ids
+    assert processor.tokenizer.unk_token_id not in ids
+    caption, entities = processor.post_process_generation(processor.tokenizer.decode(ids))
+    assert caption == "An image of a small red circle on a blue background."
+    assert [(phrase, boxes) for phrase, _span, boxes in entities] == [
+        ("a small red circle", [(0.390625, 0.046875, 0.984375, 0.828125)])
+    ]
+
+
+@pytest.mark.parametrize("name", miniature.NAMES)
+def test_ensure_gives_a_folder_that_loads(name: str, tmp_path: Path) -> None:
+    folder = miniature.ensure(name, tmp_path)
+    assert folder == miniature.folder_of(name, tmp_path) == miniature.ensure(name, tmp_path)
+    index = "config.json" if name.endswith("captioner") else "model_index.json"
+    assert (folder / index).is_file()
+    assert miniature.is_trained(name) == (folder.parent == miniature.WEIGHTS)
+    assert list(tmp_path.rglob(".fastsd-tmp-*")) == []
+
+
+def test_there_is_no_other_miniature(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no miniature"):
+        miniature.ensure("miniature-video", tmp_path)
+
+
+def _ensure_random(cache: Path) -> None:
+    miniature.WEIGHTS = cache / "nothing-is-shipped"
+    miniature.ensure("miniature-captioner", cache)
+
+
+def test_two_processes_that_build_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    builders = [context.Process(target=_ensure_random, args=(tmp_path,)) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join(120)
+    assert [builder.exitcode for builder in builders] == [0, 0]
+    assert [path.name for path in (tmp_path / "miniature").iterdir()] == [f"miniature-captioner-{miniature.VERSION}"]
+    assert len(weights_of(tmp_path / "miniature")) > 100
+
+
+def test_naming_a_miniature_loads_no_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path; from handlers.models import miniature, registry, inspect\n"
+        "registry.list_models(None, Path('/nonexistent'))\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_word_is_one_token_and_the_vocabulary_stays_small() -> None:
+    table, merges = vocabulary.clip_vocabulary()
+    assert len(table) <= 2000
+    tokenizer = drawing.tokenizer()
+    for word in vocabulary.WORDS:
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    assert len(merges) == len(set(merges))
+
+
+def test_the_tokenizer_loads_from_its_old_and_its_new_files(built: Path, tmp_path: Path) -> None:
+    text = "A small RED circle, zwx & naïve 猫!"
+    folder = built / "drawing" / "tokenizer"
+    new = CLIPTokenizer.from_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    old = CLIPTokenizer.from_pretrained(tmp_path)
+    assert new(text).input_ids == old(text).input_ids == drawing.tokenizer()(text).input_ids
+    assert json.loads((folder / "vocab.json").read_text(encoding="utf-8"))["circle</w>"] in new(text).input_ids
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text_is_tokens_between_start_and_end(text: str) -> None:
+    tokenizer = drawing.tokenizer()
+    ids = tokenizer(text, truncation=True).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert len(ids) <= 77
