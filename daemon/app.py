@@ -15,7 +15,7 @@ from pathlib import Path
 from daemon import control
 from daemon.commander import Commander
 from daemon.config import Settings
-from daemon.devices import gpu_devices
+from daemon.devices import gpu_devices, worker_environment
 from daemon.dispatch import Dispatcher
 from daemon.gates import CaptionGate, Gates
 from daemon.hooks import TreeHooks
@@ -46,6 +46,7 @@ _STOP_SECONDS = 280.0
 _QUIET_WITH_EVENTS = 60.0
 _QUIET_WITHOUT_EVENTS = 300.0
 _GATHER_SECONDS = 0.05
+_GATHER_SECONDS_AT_MOST = 5.0
 _PENDING: tuple[JobState, ...] = ("ready", "running", "waiting")
 
 
@@ -75,6 +76,7 @@ class Daemon:
         self._environment = environment
         self._dirty: set[str] = set()
         self._dirty_event = asyncio.Event()
+        self._replans: dict[str, asyncio.TimerHandle] = {}
         self._stop = asyncio.Event()
         self._stops = 0
         self._hurry: asyncio.Task[None] | None = None
@@ -129,6 +131,7 @@ class Daemon:
             today=lambda: datetime.now(UTC).astimezone().date(),
             stamp=self.stamper.put,
             touched=self._on_touched,
+            noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
         preparer = Preparer(root, settings, self.sessions, self.index)
@@ -143,7 +146,7 @@ class Daemon:
         self.dispatcher = Dispatcher(
             self.queue,
             {"cpu": os.cpu_count() or 1, "gpu": max(1, len(devices)), "net": 1},
-            WorkerSettings(cache, state.logs, dict(environment), mark=os.fspath(state.folder)),
+            WorkerSettings(cache, state.logs, worker_environment(environment), mark=os.fspath(state.folder)),
             hooks,
             devices=devices,
         )
@@ -257,11 +260,14 @@ class Daemon:
         self.reporter.changed(session)
         self.mark_dirty(session)
 
-    def _on_ended(self, ended: Job, session: str) -> None:
-        self.mark_dirty(session)
-        self.reporter.outcome(session)
+    def _on_ended(self, ended: Job, session: str | None) -> None:
+        if session is not None:
+            self.mark_dirty(session)
+            self.reporter.outcome(session)
+        if ended.kind != "train":
+            return
         others = (job for job in self.queue.jobs(states=_PENDING) if job.id != ended.id)
-        if ended.kind == "train" and not any(job.kind == "train" for job in others):
+        if not any(job.kind == "train" for job in others):
             self.webui.give_gpu_back()
 
     def _on_webui(self) -> None:
@@ -286,16 +292,20 @@ class Daemon:
         return True
 
     async def _plan_forever(self) -> None:
+        spent = 0.0
         while True:
             await self._dirty_event.wait()
-            await asyncio.sleep(_GATHER_SECONDS)
+            # A plan looks at every picture of its session: in a large one, it takes a tenth of the time at most.
+            await asyncio.sleep(max(_GATHER_SECONDS, min(10 * spent, _GATHER_SECONDS_AT_MOST)))
             self._dirty_event.clear()
+            began = time.monotonic()
             # Taken out one by one: --once sees that planning is not over yet.
             while self._dirty:
                 path = next(iter(self._dirty))
                 self._plan(path)
                 self._dirty.discard(path)
                 await asyncio.sleep(0)
+            spent = time.monotonic() - began
 
     def _plan(self, path: str) -> None:
         if path not in self.sessions:
@@ -305,11 +315,17 @@ class Daemon:
         except OSError as error:
             log.warning("session %s cannot be planned: %s", path, error)
             return
+        except Exception:
+            # One session that nobody foresaw must not take the others down with it.
+            log.exception("session %s cannot be planned", path)
+            return
         self.reporter.plans[path] = plan
         self.reporter.outcome(path)
         self.dispatcher.wake()
+        if (earlier := self._replans.pop(path, None)) is not None:
+            earlier.cancel()
         if plan.again_in is not None:
-            asyncio.get_running_loop().call_later(plan.again_in, self.mark_dirty, path)
+            self._replans[path] = asyncio.get_running_loop().call_later(plan.again_in, self.mark_dirty, path)
 
     # What others want to know
 

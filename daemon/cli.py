@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -155,6 +156,9 @@ def _add_service(commands: argparse._SubParsersAction[_Parser]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``fastsd``."""
     chosen = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be text in any encoding; they are shown as well as they can be.
+        sys.stdout.reconfigure(errors="replace")
     module, function = chosen.room.split(":")
     run: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f"daemon.commands.{module}"), function)
     try:

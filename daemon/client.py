@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
-_LINE_LIMIT = 64 << 20
 
 
 class NoDaemon(Exception):  # noqa: N818 - it says what is the case
@@ -27,10 +26,10 @@ def ask(path: Path, command: str, timeout: float = 10.0, **parameters: Any) -> A
             connection.connect(str(path))
             connection.sendall(json.dumps({"command": command, **parameters}).encode() + b"\n")
             with connection.makefile("rb") as reader:
-                line = reader.readline(_LINE_LIMIT)
+                line = reader.readline()
     except OSError as error:
         raise NoDaemon from error
-    if not line:
-        raise NoDaemon
+    if not line.endswith(b"\n"):
+        raise NoDaemon  # it ended while it answered
     answer: Answer = json.loads(line)
     return answer

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from daemon.control import Answer, Command
 from daemon.jobs import STATES, JobState
+from daemon.outcomes import revive_run, subject_file
 
 if TYPE_CHECKING:
     from daemon.app import Daemon
 
 
-_RETRIED: tuple[JobState, ...] = ("failed", "refused", "cancelled", "waiting")
+_RETRIED: tuple[JobState, ...] = ("failed", "refused", "waiting")
 
 
 class Commander:
@@ -43,30 +44,41 @@ class Commander:
         states = [state for state in STATES if request.get("all") or state != "done"]
         live = {entry.job.id: entry.progress for entry in self._daemon.dispatcher.running}
         rows = [job.to_json() for job in self._daemon.queue.jobs(states=states)]
+        gates = self._daemon.gates.closed()
+        for row in rows:
+            if row["state"] == "ready" and row["kind"] in gates:
+                row["problem"] = {"reason": gates[row["kind"]]}
         return {"jobs": [{**row, "progress": live.get(row["id"]) or row["progress"]} for row in rows]}
 
     async def retry(self, request: Mapping[str, Any]) -> Answer:
         """Try again what failed or was refused: the named jobs, or all."""
         daemon = self._daemon
-        numbers = [int(number) for number in request.get("jobs", [])]
-        chosen = [job for job in daemon.queue.jobs(states=_RETRIED) if not numbers or job.id in numbers]
+        numbers = {int(number) for number in request.get("jobs") or ()}
+        # What somebody cancelled starts again only when it is named.
+        states = (*_RETRIED, "cancelled") if numbers else _RETRIED
+        chosen = [job for job in daemon.queue.jobs(states=states) if not numbers or job.id in numbers]
         if numbers and not chosen:
             raise LookupError(f"No failed, refused or cancelled job has the number {', '.join(map(str, numbers))}.")
         for job in chosen:
             with suppress(LookupError):
                 session = daemon.sessions.by_id(job.session)
-                daemon.router.retry_refused(session, [str(job.payload.get("source", ""))])
+                subject = subject_file(session, job.kind, job.payload)
+                if job.kind == "train":
+                    revive_run(session, str(job.payload["run"]))
+                daemon.router.retry_refused(session, [subject])
         if not numbers:
-            for session in map(daemon.sessions.at, list(daemon.sessions)):
-                refused = [str(record["source"]) for record in session.manifest.of_kind("refused")]
-                daemon.router.retry_refused(session, refused)
+            for path in list(daemon.sessions):
+                with suppress(OSError):
+                    session = daemon.sessions.at(path)
+                    refused = [str(record["source"]) for record in session.manifest.of_kind("refused")]
+                    daemon.router.retry_refused(session, refused)
         found = daemon.dispatcher.retry([job.id for job in chosen]) if chosen else []
         daemon.dispatcher.wake()
         return {"count": len(set(found) | {job.id for job in chosen}), "jobs": sorted(found)}
 
     async def cancel(self, request: Mapping[str, Any]) -> Answer:
         """Cancel jobs; a run that is cancelled is over."""
-        cancelled = [number for number in map(int, request.get("jobs", [])) if self._daemon.cancel(number)]
+        cancelled = [number for number in map(int, request.get("jobs") or ()) if self._daemon.cancel(number)]
         if not cancelled:
             raise LookupError("None of these jobs can be cancelled: they have ended, or there are no such numbers.")
         return {"count": len(cancelled), "jobs": cancelled}

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
 Answer = dict[str, Any]
 Command = Callable[[Mapping[str, Any]], Awaitable[Answer]]
 
@@ -47,11 +49,15 @@ async def _reply(line: bytes, commands: Mapping[str, Command]) -> Answer:
     try:
         request = json.loads(line)
         name = request["command"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {"ok": False, "error": "a request is one JSON object with a command"}
-    if name not in commands:
+    if not isinstance(name, str) or name not in commands:
         return {"ok": False, "error": f"unknown command {name!r}"}
     try:
         return {"ok": True, **await commands[name](request)}
     except (LookupError, ValueError, OSError) as error:
         return {"ok": False, "error": str(error)}
+    except Exception as error:
+        # Whoever asked has to hear something; silence would read as "no daemon runs".
+        log.exception("the command %s failed", name)
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from daemon import outcomes
@@ -12,6 +13,7 @@ from daemon.jobs import Job
 from daemon.ledger import Hooks
 from daemon.prepare import Gone, Preparer
 from daemon.session import Sessions
+from daemon.status import local_now
 from daemon.terminal import ProgressDisplay
 from handlers.outcome import Outcome
 
@@ -26,7 +28,7 @@ class TreeHooks(Hooks):
         sessions: the tree's sessions.
         gates: what cannot start now.
         make_room: called before a run starts: the WebUI gives way.
-        ended: called with (job, session folder) after an outcome was recorded.
+        ended: called with (job, session folder) after an outcome was recorded; None for the folder when it is gone.
         display: shows progress on a terminal.
     """
 
@@ -37,7 +39,7 @@ class TreeHooks(Hooks):
         sessions: Sessions,
         gates: Gates,
         make_room: Callable[[], Awaitable[None]],
-        ended: Callable[[Job, str], None],
+        ended: Callable[[Job, str | None], None],
         display: ProgressDisplay,
     ) -> None:
         self._preparer = preparer
@@ -53,7 +55,16 @@ class TreeHooks(Hooks):
             return self._preparer.payload(job.kind, job.session, job.payload)
         except Gone as gone:
             log.info("%s of %s is not wanted any more: %s", job.kind, job.subject, gone)
+            self._finish_tidying(job)
             return None
+
+    def _finish_tidying(self, job: Job) -> None:
+        """A conversion that was on record, and cut short before its leftovers were gone."""
+        with suppress(LookupError, OSError):
+            if job.kind == "convert":
+                session = self._sessions.by_id(job.session)
+                if session.manifest.get("convert", str(job.payload["run"])) is not None:
+                    outcomes.tidy_after_convert(session, job.payload)
 
     def may_start(self, kind: str) -> bool:
         """Whether the kind's gate is open."""
@@ -82,6 +93,10 @@ class TreeHooks(Hooks):
         try:
             session = self._sessions.by_id(job.session)
         except LookupError:
+            if unreachable := self._gates.everything():
+                # Not gone, only out of reach: the job waits and runs again.
+                raise OSError(unreachable) from None
+            self._ended(job, None)
             return
         final = outcome.state == "failed" and job.last_attempt
         match outcome.state:
@@ -90,8 +105,14 @@ class TreeHooks(Hooks):
                 outcomes.record_done(session, job.kind, job.payload, outcome.facts, paths)
                 if job.kind == "convert":
                     outcomes.tidy_after_convert(session, job.payload)
+                source = str(job.payload.get("source", ""))
+                if source and not outcomes.is_there(session.folder / source):
+                    # It went while it was worked on.
+                    outcomes.forget_picture(session, source, local_now().date())
             case "refused" if outcome.refusal is not None:
                 outcomes.record_refused(session, job.kind, job.payload, outcome.refusal)
+                if job.kind == "train":
+                    outcomes.record_ended_run(session, job.payload, "refused", outcome.refusal.what)
             case "failed" if final:
                 message = str(outcome.error.get("message", "it failed"))
                 outcomes.record_failed(session, job.kind, job.payload, message)

@@ -5,9 +5,12 @@ Called before the queue forgets the job, so that a kill in between repeats the j
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,11 +42,13 @@ def record_done(
             record[key] = stored[key]
     record |= facts
     record["outputs"] = [session.inside(Path(output)) for output in outputs]
+    if any(output.startswith("../") for output in record["outputs"]):
+        raise _moved_meanwhile(session, record["outputs"])
     for key in ("finished", "preview"):
         if record.get(key):
             record[key] = session.inside(Path(record[key]))
     records = [record]
-    subject = subject_file(kind, stored)
+    subject = subject_file(session, kind, stored)
     refusal = session.manifest.get("refused", subject) if subject else None
     if refusal is not None and refusal.get("job") == kind:
         records.append({"kind": "refused", "source": subject, "gone": True})
@@ -52,10 +57,36 @@ def record_done(
         remove_error(session.folder / subject)
 
 
-def subject_file(kind: str, stored: Mapping[str, Any]) -> str:
+def _moved_meanwhile(session: Session, outputs: Sequence[str]) -> OSError:
+    """The session's folder was renamed while the job wrote: what it left under the old name goes, and it runs again."""
+    for output in outputs:
+        stray = Path(os.path.normpath(session.folder / output))
+        with suppress(OSError):
+            stray.unlink()
+            stray.parent.rmdir()
+            stray.parent.parent.rmdir()
+    return OSError(errno.ESTALE, f"{session.name} was renamed while it was worked on")
+
+
+def is_there(file: Path) -> bool:
+    """Whether something lies there; also true where the system cannot tell (a mount that does not answer)."""
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def subject_file(session: Session, kind: str, stored: Mapping[str, Any]) -> str:
     """The file of the session that a job is about, beside which its errors are told; "" when there is none."""
     if kind == "train":
         return str(stored.get("spec_record", {}).get("path", ""))
+    if kind == "convert":
+        # Its source is a folder of ours that nobody looks into: the train.yaml that asked for the run is looked at.
+        run = session.manifest.get("train", str(stored.get("run", ""))) or {}
+        return str((run.get("spec_record") or {}).get("path", ""))
     if kind == "publish":
         return str(stored.get("model", ""))
     return str(stored.get("source", ""))
@@ -67,12 +98,12 @@ def record_refused(session: Session, kind: str, stored: Mapping[str, Any], refus
     Raises:
         OSError: the folder cannot be written.
     """
-    subject = subject_file(kind, stored)
-    if not subject:
+    subject = subject_file(session, kind, stored)
+    if not subject or not is_there(session.folder / subject):
         return
     write_error(session.folder / subject, refusal)
     record: Record = {"kind": "refused", "source": subject, "job": kind, **refusal.to_json()}
-    stamp = stored.get("spec_record", stored)
+    stamp = stored.get("spec_record", stored if "source" in stored else {})
     record |= {key: stamp[key] for key in ("size", "mtime_ns", "sha256") if key in stamp}
     session.manifest.append([record])
 
@@ -84,17 +115,11 @@ def record_failed(session: Session, kind: str, stored: Mapping[str, Any], messag
         OSError: the folder cannot be written.
     """
     advice = "The log has more: fastsd logs. Once the cause is mended, try again with: fastsd retry."
-    refusal = Refusal("failed", f"{kind}: {message}", advice)
-    if "source" in stored:
-        record_refused(session, kind, stored, refusal)
-        return
-    subject = subject_file(kind, stored)
-    if subject and (session.folder / subject).exists():
-        write_error(session.folder / subject, refusal)
+    record_refused(session, kind, stored, Refusal("failed", f"{kind}: {message}", advice))
 
 
 def record_ended_run(session: Session, stored: Mapping[str, Any], state: str, reason: str) -> None:
-    """A run is over without a model: ``failed`` or ``cancelled``.
+    """A run is over without a model: ``failed``, ``refused`` or ``cancelled``.
 
     Raises:
         OSError: the folder cannot be written.
@@ -108,6 +133,17 @@ def record_ended_run(session: Session, stored: Mapping[str, Any], state: str, re
         "outputs": [],
     }
     session.manifest.append([record])
+
+
+def revive_run(session: Session, run: str) -> None:
+    """A run that ended without a model is wanted after all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    record = session.manifest.get("train", run)
+    if record is not None and record.get("state") != "finished":
+        session.manifest.append([{"kind": "train", "run": run, "gone": True}])
 
 
 def tidy_after_convert(session: Session, stored: Mapping[str, Any]) -> None:

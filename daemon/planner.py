@@ -10,7 +10,7 @@ from pathlib import Path
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.jobs import JobRequest
-from daemon.prepare import base_name
+from daemon.prepare import base_name, wants_generated
 from daemon.routing import (
     PictureRules,
     SpecRecord,
@@ -94,6 +94,9 @@ class Planner:
         return min(names, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
 
     def _plan_run(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
+        runs = recorded_runs(session)
+        # A run that has begun goes on, whatever became of the train.yaml that asked for it.
+        plan.requests += [train_request(session, run.id, run.spec) for run in runs if not run.ended]
         name = self.spec_of(session)
         if name is None:
             return
@@ -101,12 +104,13 @@ class Planner:
             record, content = read_spec_record(session, name)
         except FileNotFoundError:
             return
-        run = run_for(record, session.id, recorded_runs(session))
-        if run is None:
-            remove_refusal(session, name, "spec")
+        except OSError as error:
+            plan.waits.append(f"{name} cannot be read: {error.strerror}. Give fastsd's user the right to read it.")
             return
-        if (session.folder / layout.RUNS / run / "run.json").exists():
-            plan.requests.append(train_request(session, run, record))
+        _remove_old_refusal(session, name, record)
+        run = run_for(record, session.id, runs)
+        if run is None or any(run == begun.id and not begun.ended for begun in runs):
+            remove_refusal(session, name, "spec")
             return
         try:
             spec = parse_spec(content.decode("utf-8", errors="replace"))
@@ -116,6 +120,7 @@ class Planner:
             refuse_spec(session, name, record, refusal)
             return
         except Waiting as waiting:
+            remove_refusal(session, name, "spec")
             plan.waits.append(waiting.reason)
             plan.again_in = waiting.retry_after
             return
@@ -131,21 +136,14 @@ class Planner:
         pictures = self.pictures(session, shape)
         crops = self._pending(session, "crop", pictures)
         captions = self._pending(session, "caption", pictures)
-        wants_captions = spec.captions is True or spec.concept == "style"
         closed = self.caption_gate()
         if crops:
             plan.waits.append(f"Training waits for {_count(crops, 'picture')} to be cropped.")
             return False
-        if captions and (closed is None or wants_captions):
+        if captions and (closed is None or wants_generated(spec)):
             plan.waits.append(closed or f"Training waits for {_count(captions, 'caption')}.")
             return False
-        usable = sum(1 for relative, _ in pictures if session.manifest.get("crop", relative) is not None)
-        if usable < FEWEST_PICTURES:
-            raise Refusal(
-                "too-few",
-                f"There are {usable} usable pictures in this session, and a run needs {FEWEST_PICTURES}.",
-                "Add pictures to the folder; the run then starts by itself.",
-            )
+        # Before the pictures are counted: they may still be on their way, and arrive in any order.
         quiet, needed = self.quiet_for(session), self.quiet_needed()
         if spec.start != "now" and quiet < needed:
             plan.again_in = max(0.5, needed - quiet)
@@ -154,6 +152,13 @@ class Planner:
                 "(`start: now` in train.yaml skips that).",
             )
             return False
+        usable = sum(1 for relative, _ in pictures if session.manifest.get("crop", relative) is not None)
+        if usable < FEWEST_PICTURES:
+            raise Refusal(
+                "too-few",
+                f"There are {usable} usable pictures in this session, and a run needs {FEWEST_PICTURES}.",
+                "Add pictures to the folder; the run then starts by itself.",
+            )
         return True
 
     def pictures(self, session: Session, shape: layout.Shape) -> list[tuple[str, Fact]]:
@@ -191,6 +196,13 @@ def refuse_spec(session: Session, name: str, record: SpecRecord, refusal: Refusa
         session.manifest.append([line])
 
 
+def _remove_old_refusal(session: Session, name: str, record: SpecRecord) -> None:
+    """What a run said against an earlier saving of its train.yaml no longer holds."""
+    known = session.manifest.get("refused", name) or {}
+    if known.get("job") == "train" and not record.matches(SpecRecord.from_json(known)):
+        remove_refusal(session, name, "train")
+
+
 def remove_refusal(session: Session, name: str, job: str) -> None:
     """What was said against a file no longer holds.
 
@@ -204,9 +216,9 @@ def remove_refusal(session: Session, name: str, job: str) -> None:
 
 
 def standing_errors(session: Session) -> list[tuple[str, str]]:
-    """The files of a session that were refused and not mended yet: (file, what is wrong)."""
+    """The files of a session that were refused and not mended yet: (file, what is wrong, with its line)."""
     return [
-        (str(record["source"]), str(record.get("what", "")))
+        (str(record["source"]), f"line {record['line']}: " * bool(record.get("line")) + str(record.get("what", "")))
         for record in session.manifest.of_kind("refused")
         if error_path(session.folder / str(record["source"])).exists()
     ]

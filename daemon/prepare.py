@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daemon.config import Settings
 from daemon.index import Index
 from daemon.routing import SpecRecord
-from daemon.runs import read_json
+from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
+from handlers.context import Waiting
 from sessions import layout
-from sessions.captions import Chosen, read_caption
+from sessions.captions import Chosen, first_line, is_ours, read_caption
+from sessions.manifest import outputs_present
 from sessions.spec import TrainSpec, parse_spec
 
 
@@ -47,11 +49,12 @@ class Preparer:
 
         Raises:
             Gone: the job has nothing to do any more.
-            Refusal: a train.yaml was spoiled since the job was queued.
+            Waiting: the tree is out of reach, or the file cannot be looked at now.
         """
         try:
             session = self.sessions.by_id(session_id)
         except (LookupError, OSError) as error:
+            self._require_tree()
             raise Gone(str(error)) from error
         match kind:
             case "crop":
@@ -71,19 +74,48 @@ class Preparer:
         folder = self.root / layout.MODELS
         return os.fspath(folder) if folder.is_dir() else None
 
+    def _require_tree(self) -> None:
+        """An unmounted tree is an empty folder or an error: then nothing is gone, only out of reach."""
+        try:
+            with os.scandir(self.root) as entries:
+                if next(entries, None) is not None:
+                    return
+            reason = f"{self.root} is empty. Is it mounted?"
+        except OSError as error:
+            reason = f"{self.root} cannot be reached: {error.strerror}. Is it mounted?"
+        raise Waiting(reason)
+
+    @staticmethod
+    def _require_undone(session: Session, kind: str, stored: Mapping[str, Any]) -> None:
+        """A kill between the record of a result and the end of its job leaves a job with nothing to do."""
+        record = session.manifest.get(kind, stored["source"])
+        if record is None or any(record.get(key) != stored[key] for key in ("size", "mtime_ns", "params")):
+            return
+        if not record.get("stale") and outputs_present(session.folder, record):
+            message = f"{stored['source']} is done"
+            raise Gone(message)
+
     def _source(self, session: Session, stored: Mapping[str, Any]) -> Path:
         source: Path = session.folder / stored["source"]
         try:
             found = source.lstat()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self._require_tree()
             raise Gone(str(error)) from error
+        except OSError as error:
+            raise Waiting(f"{source} cannot be looked at: {error.strerror}.") from error
         if (found.st_size, found.st_mtime_ns) != (stored["size"], stored["mtime_ns"]):
             message = f"{source} has changed since"
+            raise Gone(message)
+        refusal = session.manifest.get("refused", stored["source"])
+        if refusal is not None and (refusal.get("size"), refusal.get("mtime_ns")) == (found.st_size, found.st_mtime_ns):
+            message = f"{source} was refused"
             raise Gone(message)
         return source
 
     def _crop(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source(session, stored)
+        self._require_undone(session, "crop", stored)
         return {
             "source": os.fspath(source),
             "output": os.fspath(session.folder / layout.CROPS / f"{stored['stem']}.jpg"),
@@ -93,13 +125,14 @@ class Preparer:
 
     def _caption(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source(session, stored)
+        self._require_undone(session, "caption", stored)
         stem = stored["stem"]
         record = session.manifest.get("caption", stored["source"]) or {}
         captions = session.folder / layout.CAPTIONS
         return {
             "source": os.fspath(source),
             # A person's words beside the picture win: then no second text is written that would say otherwise.
-            "text": None if person_text(source) else os.fspath(captions / f"{stem}.txt"),
+            "text": None if person_text(source) is not None else os.fspath(captions / f"{stem}.txt"),
             "sidecar": os.fspath(captions / f"{stem}.json"),
             "preview": os.fspath(session.folder / layout.PREVIEWS / f"{stem}.jpg"),
             "written": record.get("text_sha256"),
@@ -119,16 +152,24 @@ class Preparer:
             "disk_reserve": self.settings.limits.disk_reserve,
             "spec_record": spec_record.to_json(),
         }
+        ended = session.manifest.get("train", stored["run"]) or {}
+        if ended.get("state") == "finished":
+            message = f"run {stored['run']} is finished"
+            raise Gone(message)
         # A run that has begun goes by its own run.json, whatever became of the train.yaml (promise 1).
         begun = read_json(session.folder / layout.RUNS / stored["run"] / "run.json")
         if begun is not None:
             base = str((begun.get("base") or {}).get("name") or self.settings.base)
             return {**common, "name": begun.get("name"), "spec": begun.get("spec"), "base": base, "pictures": []}
         try:
-            text = (session.folder / spec_record.path).read_text(encoding="utf-8", errors="replace")
+            now, content = read_spec_record(session, spec_record.path)
         except OSError as error:
+            self._require_tree()
             raise Gone(str(error)) from error
-        spec = parse_spec(text)
+        if not spec_record.matches(now):
+            message = f"{spec_record.path} was saved anew, which asks for another run"
+            raise Gone(message)
+        spec = parse_spec(content.decode("utf-8", errors="replace"))
         return {
             **common,
             "name": spec.name or session.name,
@@ -138,6 +179,9 @@ class Preparer:
         }
 
     def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        if session.manifest.get("convert", stored["run"]) is not None:
+            message = f"run {stored['run']} has its model"
+            raise Gone(message)
         metadata, preview = stored.get("metadata", {}), stored.get("preview")
         name = layout.model_stem(metadata.get("title") or session.name, stored["run"])
         return {
@@ -152,6 +196,9 @@ class Preparer:
 
     def _publish(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         model = session.folder / stored["model"]
+        if session.manifest.get("publish", stored["run"]) is not None:
+            message = f"{model} is published"
+            raise Gone(message)
         if not model.exists():
             message = f"{model} is gone"
             raise Gone(message)
@@ -172,10 +219,16 @@ def base_name(spec: TrainSpec, settings: Settings) -> str:
     return spec.base if spec.base != "auto" else settings.base
 
 
-def person_text(picture: Path) -> Path | None:
-    """The caption that a person put beside a picture, or None."""
+def wants_generated(spec: TrainSpec) -> bool:
+    """Whether a run surely trains with captions that fastsd made."""
+    return spec.captions is True or (spec.captions == "auto" and spec.concept == "style")
+
+
+def person_text(picture: Path) -> bytes | None:
+    """The caption file that a person put beside a picture; None where there is none with a line in it."""
     beside = picture.with_suffix(".txt")
-    return beside if beside.is_file() else None
+    content = _bytes_of(beside) if beside.is_file() else None
+    return content if content is not None and first_line(content) else None
 
 
 def training_pictures(session: Session, index: Index) -> list[dict[str, Any]]:
@@ -212,13 +265,22 @@ def noun_of(phrase: str) -> str:
 
 def caption_of(session: Session, relative: str, stem: str) -> Chosen | None:
     """The line that may train with a picture: a person's, else the generated one."""
-    record = session.manifest.get("caption", relative) or {}
+    captions = session.folder / layout.CAPTIONS
     beside = person_text(session.folder / relative)
-    return read_caption(
-        _bytes_of(session.folder / layout.CAPTIONS / f"{stem}.txt"),
-        _bytes_of(beside) if beside else None,
-        [record.get("text_sha256")],
-    )
+    own = PurePosixPath(relative).stem
+    if beside is None and layout.same_stem(f"{own}.") != layout.same_stem(f"{stem}."):
+        # The second picture of a stem: what a person wrote for the first serves it, too.
+        beside = _persons(session, captions / f"{own}.txt")
+    record = session.manifest.get("caption", relative) or {}
+    return read_caption(_bytes_of(captions / f"{stem}.txt"), beside, [record.get("text_sha256")])
+
+
+def _persons(session: Session, text: Path) -> bytes | None:
+    """The content of a file in captions/, unless it is what fastsd wrote."""
+    source = session.source_of(text.name)
+    record = (session.manifest.get("caption", source) if source else None) or {}
+    content = _bytes_of(text)
+    return None if content is None or is_ours(content, [record.get("text_sha256")]) else content
 
 
 def _bytes_of(file: Path) -> bytes | None:

@@ -10,16 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from daemon.blocked import BlockedFolders
 from daemon.jobs import Job, JobState
 from daemon.planner import Plan, standing_errors
 from daemon.session import Session
-from daemon.status import describe_session, local_now, session_json, write_status
+from daemon.status import STALE_AFTER, describe_session, local_now, session_json, write_status
 from daemon.tree import State as TreeState
-from sessions.errors import error_path, error_text
 from sessions.files import write_json, write_text
-from sessions.layout import Role, place_of
-from sessions.refusal import Refusal
-from sessions.status import SessionStatus
+from sessions.layout import STATUS, Role, place_of
+from sessions.status import SessionStatus, render
 
 if TYPE_CHECKING:
     from daemon.app import Daemon
@@ -28,6 +27,7 @@ log = logging.getLogger(__name__)
 # A synced Drive sends every new version of STATUS.txt over the network: there, seldom.
 _SECONDS_WITH_EVENTS = 2.0
 _SECONDS_WITHOUT_EVENTS = 30.0
+_AT_REST = ("idle", "done")
 _FAILED: tuple[JobState, ...] = ("failed",)
 _OPEN_STATES: tuple[JobState, ...] = ("ready", "running", "waiting", "failed")
 
@@ -45,6 +45,7 @@ class Reporter:
 
     Attributes:
         plans: the latest plan of each session's folder.
+        blocked: the folders that cannot be used.
         news: set when something changed that people should see.
     """
 
@@ -53,9 +54,11 @@ class Reporter:
         self._surveys: dict[str, _Survey] = {}
         self._changed: set[str] = set()
         self._since = local_now().isoformat(timespec="seconds")
-        self._last_snapshot: dict[str, Any] = {}
+        self._situation: tuple[dict[str, str], frozenset[str]] = ({}, frozenset())
+        self._told: dict[str, dict[str, Any]] = {}
         self.plans: dict[str, Plan] = {}
         self.news = asyncio.Event()
+        self.blocked = BlockedFolders(daemon.root, daemon.sessions, lambda: daemon.tree.unreadable)
 
     def changed(self, session: str) -> None:
         """Files of a session changed: count anew."""
@@ -64,6 +67,7 @@ class Reporter:
 
     def outcome(self, session: str) -> None:
         """Something became of a session's jobs."""
+        self._told.pop(session, None)
         self._changed.add(session)
         self.news.set()
 
@@ -76,28 +80,37 @@ class Reporter:
                 await asyncio.wait_for(self.news.wait(), self._pause() if running else None)
             self.news.clear()
             try:
-                self.write()
+                await self.write()
             except OSError as error:
                 log.warning("the status cannot be written: %s", error)
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
-        return _SECONDS_WITH_EVENTS if self._daemon.has_events else _SECONDS_WITHOUT_EVENTS
+        # Whether events come is not known before the first scan is over; and what it found should soon be told.
+        is_seldom = self._daemon.tree.state is TreeState.WATCHING and not self._daemon.has_events
+        return _SECONDS_WITHOUT_EVENTS if is_seldom else _SECONDS_WITH_EVENTS
 
-    def write(self) -> None:
-        """Write STATUS.txt of every session with news or running jobs, and the snapshot."""
+    async def write(self) -> None:
+        """Write STATUS.txt of every session with news or running jobs, and the snapshot.
+
+        One session at a time is in memory, and others get their turn in between: a tree may have thousands.
+        """
         if self._daemon.tree.state is TreeState.UNREACHABLE:
             return
         due = set(self._changed)
         self._changed.clear()
+        situation = (self._daemon.gates.closed(), self._daemon.dispatcher.paused)
+        if situation != self._situation:
+            # What waits waits for something else now, in every session.
+            self._situation = situation
+            due |= set(self._daemon.sessions)
         for entry in self._daemon.dispatcher.running:
             with suppress(LookupError, OSError):
                 due.add(self._daemon.sessions.by_id(entry.job.session).path)
         for path in due:
-            status = self._status(path)
-            if status is not None:
-                write_status(status[0], status[1], local_now())
-        self._tell_unwritable()
+            self._write_status(path)
+            await asyncio.sleep(0)
+        self.blocked.tell()
         write_json(self._daemon.state.snapshot, self.snapshot())
 
     def last_words(self) -> None:
@@ -108,30 +121,36 @@ class Reporter:
                 status = self._status(path)
                 if status is not None:
                     session, told = status
-                    busy = not told.state.startswith(("idle", "done"))
+                    busy = not told.state.startswith(_AT_REST)
                     stopped = replace(told, state=f"stopped; was: {told.state}") if busy else told
-                    write_status(session, stopped, local_now())
+                    with suppress(OSError):
+                        write_status(session, stopped, local_now())
             write_json(self._daemon.state.snapshot, self.snapshot())
 
-    def _tell_unwritable(self) -> None:
-        """A session's folder that cannot be written: told beside the folder, where somebody may look."""
-        for path, why in self._daemon.sessions.unwritable.items():
-            folder = self._daemon.root / path
-            refusal = Refusal(
-                "unwritable",
-                f"fastsd cannot write into this folder: {why}.",
-                "Give the user that fastsd runs as the right to write there; it then goes on by itself.",
-            )
-            try:
-                write_text(error_path(folder), error_text(folder.name, refusal))
-            except OSError as error:
-                log.warning("%s: %s (and this cannot be told beside it: %s)", folder, refusal, error)
+    def _write_status(self, path: str) -> None:
+        """Write STATUS.txt of one session. That it can be written is what shows that a blocked folder is free again."""
+        was_blocked = path in self._daemon.sessions.unwritable
+        found = self._status(path)
+        if found is None:
+            return
+        session, status = found
+        self._told[path] = session_json(session, status)
+        try:
+            if was_blocked:
+                write_text(session.folder / STATUS, render(status, local_now(), STALE_AFTER))
+            else:
+                write_status(session, status, local_now())
+        except OSError as error:
+            self._daemon.sessions.cannot_write(path, error.strerror or str(error))
+            return
+        if was_blocked:
+            self._daemon.sessions.can_write(path)
+            self._daemon.router.reroute_session(path)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything ``fastsd status`` shows, as JSON values."""
         daemon = self._daemon
         tree = daemon.tree
-        found = [self._status(path) for path in daemon.sessions]
         paused = sorted(daemon.dispatcher.paused)
         return {
             "root": os.fspath(daemon.root),
@@ -152,9 +171,19 @@ class Reporter:
             "gates": {**daemon.gates.closed(), **daemon.dispatcher.held()},
             "webui": daemon.webui.describe(),
             "jobs": {kind: dict(counts) for kind, counts in daemon.queue.counts().items()},
-            "sessions": [session_json(session, status) for session, status in filter(None, found)],
+            "sessions": [told for path in daemon.sessions if (told := self._tell(path)) is not None],
             "unwritable": dict(daemon.sessions.unwritable),
+            "blocked": self.blocked.lines(),
         }
+
+    def _tell(self, path: str) -> dict[str, Any] | None:
+        """What is to be said of a session; kept until there is news, so that its manifest need not be."""
+        if path not in self._told:
+            found = self._status(path)
+            if found is None:
+                return None
+            self._told[path] = session_json(*found)
+        return self._told[path]
 
     def _status(self, path: str) -> tuple[Session, SessionStatus] | None:
         daemon = self._daemon
@@ -171,6 +200,8 @@ class Reporter:
             gates=daemon.gates.closed(),
             others=survey.others,
         )
+        if daemon.dispatcher.paused and not status.state.startswith(_AT_REST):
+            status = replace(status, state=f"paused (go on with: fastsd resume): {status.state}")
         return session, status
 
     def _jobs(self, session: Session) -> Sequence[Job]:

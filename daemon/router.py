@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from hashlib import sha256
 from itertools import islice
@@ -11,13 +13,14 @@ from pathlib import Path
 
 from daemon.index import Fact, Index
 from daemon.jobs import ENDED, JobRequest, JobState
-from daemon.outcomes import forget_picture
+from daemon.outcomes import forget_picture, is_there
 from daemon.planner import Plan, Planner
 from daemon.queue import Queue
-from daemon.routing import PictureRules, needs_stamp, picture_requests
+from daemon.routing import PICTURE_KINDS, PictureRules, needs_stamp, picture_requests, sessions_touched
+from daemon.runs import failed_runs
 from daemon.session import Session, Sessions
 from sessions import layout
-from sessions.errors import error_path
+from sessions.errors import error_path, remove_error
 from sessions.files import write_text
 from sessions.layout import Role, Shape
 from sessions.manifest import outputs_present
@@ -26,6 +29,7 @@ from sessions.spec_example import EXAMPLE
 log = logging.getLogger(__name__)
 _BATCH = 1000
 _DONE: frozenset[JobState] = frozenset({"done"})
+_GIVEN_UP: frozenset[JobState] = frozenset({"failed", "refused"})
 
 
 class Router:
@@ -43,6 +47,7 @@ class Router:
         today: the date, for the trash.
         stamp: called for pictures that may only have been touched.
         touched: called with the folder of every session in which something changed.
+        noted: called with every error file that lies in the tree.
         tree_quiet: (folder) → seconds since a file moved below it, settled or not.
     """
 
@@ -60,6 +65,7 @@ class Router:
         today: Callable[[], date],
         stamp: Callable[[Fact], None],
         touched: Callable[[str], None],
+        noted: Callable[[str], None],
         tree_quiet: Callable[[str], float],
     ) -> None:
         self._root = root
@@ -73,8 +79,11 @@ class Router:
         self._today = today
         self._stamp = stamp
         self._touched = touched
+        self._noted = noted
         self._tree_quiet = tree_quiet
         self._moved: dict[str, float] = {}
+        self._met: dict[str, str] = {}
+        self._has_started = False
         self._spec_folders: set[str] = set()
         self._shape = Shape()
         self.reroute_wanted = True
@@ -93,14 +102,14 @@ class Router:
         """Files have settled: queue what they want. They are in the index only after this."""
         facts = list(facts)
         self._learn_shape(facts)
+        self._refresh(fact.path for fact in facts)
         self._put(request for fact in facts for request in self._route(fact))
 
     def vanished(self, paths: Iterable[str]) -> None:
         """Files are gone: their outputs go to the trash, unless their session only moved."""
+        paths = list(paths)
+        self._refresh(paths)
         for path in paths:
-            name = path.rsplit("/", 1)[-1]
-            if layout.is_spec_name(name):
-                self._spec_folders.discard(path.rpartition("/")[0])
             place = layout.place_of(path, self._shape)
             if place is None:
                 continue
@@ -109,21 +118,43 @@ class Router:
                 # The folder went as a whole: renamed (its outputs went along) or removed (nothing is left to tidy).
                 self._sessions.forget(place.session)
                 self._moved.pop(place.session, None)
+                self._met.pop(place.session, None)
                 continue
             try:
                 self._vanish(self._sessions.at(place.session), place)
             except OSError as error:
                 log.warning("cannot tidy after %s: %s", path, error)
             self._touched(place.session)
+        specs = [path for path in paths if layout.is_spec_name(path.rsplit("/", 1)[-1])]
+        if specs:
+            self._spec_folders -= {path.rpartition("/")[0] for path in specs if not self._spec_beside(path)}
+            self._learn_shape(())
+
+    def _spec_beside(self, path: str) -> bool:
+        """Whether another train.yaml lies in the folder of one that is gone."""
+        folder = self._root / path.rpartition("/")[0]
+        try:
+            return any(layout.is_spec_name(entry.name) for entry in folder.iterdir())
+        except OSError:
+            return False
+
+    def _refresh(self, paths: Iterable[str]) -> None:
+        """Look whether known sessions are still the ones that they were: once a session, not once a file."""
+        for session in sessions_touched(paths, self._shape):
+            self._sessions.refresh(session)
 
     def _vanish(self, session: Session, place: layout.Place) -> None:
         if place.role is Role.PICTURE:
             self._move(place.session)
             forget_picture(session, place.relative, self._today())
         elif place.relative.endswith(layout.ERROR_SUFFIX):
-            self.retry_refused(session, self.refused_in(session, place.relative))
+            if sources := self.refused_in(session, place.relative):
+                self.retry_refused(session, sources)
         elif place.role is not Role.OWN:
             self._move(place.session)
+            if session.manifest.get("refused", place.relative) is not None:
+                session.manifest.append([{"kind": "refused", "source": place.relative, "gone": True}])
+                remove_error(session.folder / place.relative)
 
     def refused_in(self, session: Session, error_file: str) -> list[str]:
         """The files whose refusal is told in an error file (a path in the session)."""
@@ -136,31 +167,64 @@ class Router:
         Raises:
             OSError: the folder cannot be written.
         """
-        gone = []
-        for source in sources:
-            if session.manifest.get("refused", source) is not None:
-                gone.append({"kind": "refused", "source": source, "gone": True})
-                error_path(session.folder / source).unlink(missing_ok=True)
-        session.manifest.append(gone)
-        for line in gone:
-            fact = self._index.lookup(session.tree_path(str(line["source"])))
-            if fact is not None and layout.is_picture_name(fact.path):
-                self._put(picture_requests(session, str(line["source"]), fact, self._rules), again=ENDED)
-        self._queue.forget(
-            job.key for job in self._queue.jobs(session=session.id) if job.kind == "train" and job.state == "refused"
+        refused = [source for source in sources if session.manifest.get("refused", source) is not None]
+        runs = [run for source in refused if layout.is_spec_name(source) for run in failed_runs(session, source)]
+        session.manifest.append(
+            [
+                *({"kind": "refused", "source": source, "gone": True} for source in refused),
+                *({"kind": "train", "run": run, "gone": True} for run in runs),
+            ],
         )
+        for source in refused:
+            remove_error(session.folder / source)
+            fact = self._index.lookup(session.tree_path(source))
+            if fact is not None and layout.is_picture_name(source):
+                self._put(picture_requests(session, source, fact, self._rules), again=ENDED)
+        if refused:
+            # The plan queues them anew, where they are still wanted.
+            ended = self._queue.jobs(states=_GIVEN_UP, session=session.id)
+            self._queue.forget(job.key for job in ended if job.kind not in PICTURE_KINDS)
         self._touched(session.path)
-        return len(gone)
+        return len(refused)
 
     def reroute(self) -> None:
         """Look at everything in the index anew: at start, and when sessions begin elsewhere than before."""
-        self.reroute_wanted = False
-        self._spec_folders = {
-            folder for folder in self._index.folders() if any(map(layout.is_spec_name, self._index.known(folder)))
-        }
+        if not self._has_started:
+            self._has_started = True
+            # Later on, what was settled and what vanished tells: the index may be a moment behind.
+            self._spec_folders |= {
+                folder for folder in self._index.folders() if any(map(layout.is_spec_name, self._index.known(folder)))
+            }
         self._learn_shape(())
         self.reroute_wanted = False
+        self._leave_former_sessions()
+        for path in list(self._sessions):
+            with suppress(OSError):
+                self._tidy(self._sessions.at(path))
         self._put(request for fact in self._index.under() for request in self._route(fact, heal=True, movement=False))
+
+    def _leave_former_sessions(self) -> None:
+        """Folders that are no session any more, since the tree has another shape: nobody waits for their jobs."""
+        for path in list(self._sessions):
+            if layout.session_folder_of(f"{path}/-" if path else "-", self._shape) != path:
+                self._queue.drop_session(self._sessions.known_id(path))
+                self._sessions.forget(path)
+                self._met.pop(path, None)
+
+    def _tidy(self, session: Session) -> None:
+        """What was made of pictures that are gone, or belong to another session by now, goes to the trash.
+
+        Mostly that is told when it happens; not when it happened while no daemon ran and the index was lost.
+        """
+        sources = {source for kind, source in session.manifest.records if kind in (*PICTURE_KINDS, "refused")}
+        for source in sources:
+            place = layout.place_of(session.tree_path(source), self._shape)
+            if place is None or place.session != session.path or not is_there(session.folder / source):
+                forget_picture(session, source, self._today())
+
+    def reroute_session(self, path: str) -> None:
+        """Look at everything below a session's folder anew: it could not be written, and now it can."""
+        self._put(request for fact in self._index.under(path) for request in self._route(fact, movement=False))
 
     def plan(self, path: str) -> Plan:
         """Plan the session in a folder, and queue what it wants.
@@ -175,6 +239,8 @@ class Router:
     def _route(self, fact: Fact, *, heal: bool = False, movement: bool = True) -> Iterator[JobRequest]:
         place = layout.place_of(fact.path, self._shape)
         if place is None or place.role in (Role.OWN, Role.OTHER):
+            if fact.path.endswith(layout.ERROR_SUFFIX):
+                self._noted(fact.path)
             if place is not None and place.session in self._sessions:
                 self._touched(place.session)
             return
@@ -198,19 +264,21 @@ class Router:
         yield from picture_requests(session, place.relative, fact, self._rules)
 
     def _session(self, path: str) -> Session:
-        known = path in self._sessions
         session = self._sessions.at(path)
-        example = session.folder / layout.EXAMPLE
-        if not known and not example.exists():
-            write_text(example, EXAMPLE)
+        if self._met.get(path) != session.id:
+            self._met[path] = session.id
+            self._tidy(session)
+            example = session.folder / layout.EXAMPLE
+            if not example.exists():
+                write_text(example, EXAMPLE)
         return session
 
     def _heal(self, session: Session, relative: str) -> None:
         """Outputs that somebody removed are made again: their records no longer hold."""
-        for kind in ("crop", "caption"):
+        for kind in PICTURE_KINDS:
             record = session.manifest.get(kind, relative)
             if record is not None and not outputs_present(session.folder, record):
-                session.manifest.records.pop((kind, relative), None)
+                session.outdate(kind, relative)
 
     def _is_own_caption(self, session: Session, place: layout.Place) -> bool:
         if place.role is not Role.CAPTION or not place.relative.startswith(f"{layout.CAPTIONS}/"):
@@ -234,6 +302,8 @@ class Router:
                 self._spec_folders.add(folder)
             if not folder:
                 top_files.add(name)
+        if not self._has_entries():
+            return  # out of reach: it says nothing about where sessions begin
         top_folders = {name for name in (layout.SESSIONS, layout.INSTANCE_IMAGES) if (self._root / name).is_dir()}
         if layout.SESSIONS not in top_folders and not self._shape.root_is_session:
             top_files |= set(self._index.known(""))
@@ -243,6 +313,13 @@ class Router:
         if shape != self._shape:
             self._shape = shape
             self.reroute_wanted = True
+
+    def _has_entries(self) -> bool:
+        try:
+            with os.scandir(self._root) as entries:
+                return next(entries, None) is not None
+        except OSError:
+            return False
 
     def _put(self, requests: Iterable[JobRequest], again: frozenset[JobState] = _DONE) -> None:
         """Queue what is wanted.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,8 @@ from sessions.layout import Shape, place_of
 from sessions.manifest import Record
 
 PICTURE_KINDS = ("crop", "caption")
+_LAST_SECOND = 253_402_300_799
+"""The last second of the year 9999."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class PictureRules:
 
 def same_content(record: Mapping[str, Any], fact: Fact) -> bool:
     """Whether a record was made from the file as it is now: size and time of change stand for the content."""
-    return record.get("size") == fact.size and record.get("mtime_ns") == fact.mtime_ns
+    same_file = record.get("size") == fact.size and record.get("mtime_ns") == fact.mtime_ns
+    return same_file and not record.get("stale")
 
 
 def picture_requests(session: Session, relative: str, fact: Fact, rules: PictureRules) -> list[JobRequest]:
@@ -87,6 +90,7 @@ def needs_stamp(session: Session, relative: str, fact: Fact) -> Record | None:
             and record.get("size") == fact.size
             and record.get("mtime_ns") != fact.mtime_ns
             and "sha256" in record
+            and not record.get("stale")
         ):
             return record
     return None
@@ -121,7 +125,9 @@ class SpecRecord:
 
     def run_id(self, session: str) -> str:
         """The id of the run that this saving asks for: its date and four hex digits; the same after any restart."""
-        date = datetime.fromtimestamp(self.mtime_ns / 1e9, UTC).strftime("%y%m%d")
+        # Any number can stand as a file's time; a calendar has an end.
+        seconds = min(max(self.mtime_ns // 10**9, 0), _LAST_SECOND)
+        date = datetime.fromtimestamp(seconds, UTC).strftime("%y%m%d")
         digest = hashlib.sha256(f"{session}:{self.sha256}:{self.mtime_ns // 10**9}".encode()).hexdigest()
         return f"{date}-{digest[:4]}"
 
@@ -133,7 +139,8 @@ class RecordedRun:
     Attributes:
         id: its id.
         spec: the train.yaml that asked for it.
-        ended: "" while it is not over; else ``finished``, ``failed`` or ``cancelled``.
+        ended: "" while it is not over; else ``finished``, ``failed``, ``refused``, ``cancelled``, or ``elsewhere`` (it
+            belongs to the session that this one was copied from).
     """
 
     id: str
@@ -189,7 +196,7 @@ def publish_requests(session: Session) -> list[JobRequest]:
     ]
 
 
-def sessions_touched(paths: Sequence[str], shape: Shape) -> set[str]:
+def sessions_touched(paths: Iterable[str], shape: Shape) -> set[str]:
     """The session folders in which any of the paths lies."""
     places = (place_of(path, shape) for path in paths)
     return {place.session for place in places if place is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,41 @@ def read_spec_record(session: Session, relative: str) -> tuple[SpecRecord, bytes
 
 
 def recorded_runs(session: Session) -> list[RecordedRun]:
-    """All runs that the session's folder records, in no order. A run.json that cannot be read is passed over."""
+    """All runs that the session's folder records, in no order. A run.json that cannot be read is passed over.
+
+    Those that have not ended have begun: their run.json is there.
+    """
     runs: dict[str, RecordedRun] = {}
     for file in sorted((session.folder / RUNS).glob("*/run.json")):
-        value = read_json(file)
-        if value is not None and isinstance(value.get("spec_record"), dict):
+        value = read_json(file) or {}
+        spec = _spec_record(value)
+        if spec is not None:
             identity = str(value.get("run") or file.parent.name)
-            runs[identity] = RecordedRun(identity, SpecRecord.from_json(value["spec_record"]))
+            is_ours = value.get("session") in (None, session.id)
+            runs[identity] = RecordedRun(identity, spec, "" if is_ours else "elsewhere")
     for record in session.manifest.of_kind("train"):
-        identity = str(record["run"])
-        spec = record.get("spec_record")
-        if identity in runs:
-            runs[identity] = RecordedRun(identity, runs[identity].spec, str(record.get("state", "")))
-        elif isinstance(spec, dict):
-            runs[identity] = RecordedRun(identity, SpecRecord.from_json(spec), str(record.get("state", "")))
+        identity, state = str(record.get("run", "")), str(record.get("state", ""))
+        spec = runs[identity].spec if identity in runs else _spec_record(record)
+        if spec is not None and state:
+            runs[identity] = RecordedRun(identity, spec, state)
     return list(runs.values())
+
+
+def failed_runs(session: Session, relative: str) -> list[str]:
+    """The runs that a train.yaml, as it is now, asked for and that failed or were refused."""
+    try:
+        record, _ = read_spec_record(session, relative)
+    except OSError:
+        return []
+    ended = (run for run in recorded_runs(session) if run.ended in ("failed", "refused"))
+    return [run.id for run in ended if run.spec.matches(record)]
+
+
+def _spec_record(value: Mapping[str, Any]) -> SpecRecord | None:
+    try:
+        return SpecRecord.from_json(value["spec_record"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

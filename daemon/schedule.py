@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _ALIVE_SECONDS = 20
+_BLOCKED_SECONDS = 5
 _FRESH_MINUTES = 5
 _DONE_ROWS_KEPT = 7 * 86400.0
 
@@ -34,6 +36,7 @@ class Schedule:
     def start(self) -> None:
         """Begin ticking. Must be called in the event loop."""
         self._scheduler.add_job(self._daemon.notify_alive, "interval", seconds=_ALIVE_SECONDS)
+        self._scheduler.add_job(self._try_blocked, "interval", seconds=_BLOCKED_SECONDS)
         self._scheduler.add_job(self._keep_fresh, "interval", minutes=_FRESH_MINUTES)
         self._scheduler.add_job(self._tidy, "interval", hours=24)
         self._scheduler.start()
@@ -43,14 +46,19 @@ class Schedule:
         self._scheduler.shutdown(wait=False)
 
     async def _keep_fresh(self) -> None:
-        """STATUS.txt of what is under way must not grow stale, and retried folders may be writable by now."""
+        """STATUS.txt of what is under way must not grow stale."""
         for entry in self._daemon.dispatcher.running:
             with suppress(LookupError, OSError):
                 self._daemon.reporter.outcome(self._daemon.sessions.by_id(entry.job.session).path)
-        if self._daemon.sessions.unwritable:
-            self._daemon.tree.request_scan()
-            self._daemon.router.reroute()
         self._daemon.sessions.release()
+
+    async def _try_blocked(self) -> None:
+        """No event tells that a folder's permissions were mended."""
+        for path in list(self._daemon.sessions.unwritable):
+            self._daemon.reporter.outcome(path)
+        for path in list(self._daemon.tree.unreadable):
+            if os.access(self._daemon.root / path, os.R_OK | os.X_OK):
+                self._daemon.tree.request_scan()
 
     async def _tidy(self) -> None:
         self._daemon.queue.prune(time.time() - _DONE_ROWS_KEPT)

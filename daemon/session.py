@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from sessions.files import sweep_temporaries
 from sessions.manifest import Identity, Manifest, new_identity, read_identity, write_identity
 
 # Manifests of so many sessions are kept in memory; the others are read again when something happens in them.
-_LOADED_SESSIONS = 16
+_LOADED_SESSIONS = 4
 
 
 @dataclass
@@ -65,6 +67,15 @@ class Session:
         self._stems[source] = stem
         self._taken[layout.same_stem(stem + ".")] = source
 
+    def outdate(self, kind: str, source: str) -> None:
+        """What a record tells was made does not hold any more and is to be made again.
+
+        The record stays in memory, marked (``stale``), so that its files are still known as ours.
+        """
+        record = self.manifest.get(kind, source)
+        if record is not None:
+            self.manifest.records[kind, source] = {**record, "stale": True}
+
     def source_of(self, output: str) -> str | None:
         """The picture whose output carries this file name, or None."""
         return self._taken.get(layout.same_stem(output))
@@ -104,29 +115,56 @@ class Sessions:
         """Sessions whose folder cannot be written: path → why."""
         return self._unwritable
 
+    def known_id(self, path: str) -> str:
+        """The identity of a session that was met; "" where none lies in this folder."""
+        return self._ids.get(path, "")
+
+    def cannot_write(self, path: str, why: str) -> None:
+        """Remember that a session's folder cannot be written."""
+        self._unwritable[path] = why
+
+    def can_write(self, path: str) -> None:
+        """A session's folder was written to."""
+        self._unwritable.pop(path, None)
+
     def at(self, path: str) -> Session:
         """The session in a folder; it gets an identity when it has none.
 
         Raises:
-            OSError: the folder cannot be read or written; it is remembered in ``unwritable`` until it can be.
+            FileNotFoundError: there is no such folder (any more).
+            OSError: the folder cannot be read or written; it is remembered in ``unwritable`` until ``can_write``.
         """
         if path in self._loaded:
             self._loaded.move_to_end(path)
             return self._loaded[path]
+        if not self._folder(path).is_dir():
+            # A session whose folder was removed or renamed must not come back as an empty folder with our files in it.
+            self.forget(path)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(self._folder(path)))
         try:
             session = self._load(path)
         except OSError as error:
             self._unwritable[path] = error.strerror or str(error)
             raise
-        self._unwritable.pop(path, None)
         self._ids[path] = session.id
         self._loaded[path] = session
         while len(self._loaded) > _LOADED_SESSIONS:
             self._loaded.popitem(last=False)
         return session
 
+    def refresh(self, path: str) -> None:
+        """Forget what is remembered of a folder in which another session lies by now: swapped, or made anew."""
+        known = self._ids.get(path)
+        with suppress(OSError):
+            if known is not None and _require_readable(self._folder(path)) != known:
+                self.forget(path)
+
+    def _folder(self, path: str) -> Path:
+        return self._root / path if path else self._root
+
     def _load(self, path: str) -> Session:
-        folder = self._root / path if path else self._root
+        folder = self._folder(path)
+        _require_readable(folder)
         identity = read_identity(folder)
         if identity is None or self._is_copy(path, folder, identity):
             identity = new_identity(folder)
@@ -139,19 +177,18 @@ class Sessions:
         return Session(self._root, path, identity.id, Manifest.load(folder))
 
     def _is_copy(self, path: str, folder: Path, identity: Identity) -> bool:
-        """Whether another living folder has this identity: then this one is a copy of it, or it of this one.
+        """Whether another living folder has this identity, and the better right to it.
 
-        The one whose name the identity carries keeps it.
+        That is the folder whose name the identity carries (whichever of the two is met first), else the one that was
+        met first.
         """
-        for other, other_id in self._ids.items():
-            if other_id == identity.id and other != path:
-                elsewhere = self._root / other if other else self._root
-                if layout.read_session_id(elsewhere) == identity.id:
-                    if identity.name != folder.name:
-                        return True
-                    self.forget(other)
-                    return False
-        return False
+        namesake = folder.parent / identity.name
+        if path and identity.name not in ("", folder.name) and layout.read_session_id(namesake) == identity.id:
+            return True
+        return any(
+            known == identity.id and other != path and layout.read_session_id(self._folder(other)) == identity.id
+            for other, known in self._ids.items()
+        )
 
     def by_id(self, session_id: str) -> Session:
         """The session of an identity, wherever it lies now.
@@ -160,16 +197,15 @@ class Sessions:
             LookupError: it is not in the tree any more.
         """
         for path, known in list(self._ids.items()):
-            if known == session_id:
-                folder = self._root / path if path else self._root
-                if layout.read_session_id(folder) == session_id:
-                    return self.at(path)
+            if known == session_id and layout.read_session_id(self._folder(path)) == session_id:
+                return self.at(path)
         hint = next((path for path, known in self._ids.items() if known == session_id), "")
         try:
             folder = layout.find_session_folder(self._root, session_id, self._root / hint)
         except FileNotFoundError as error:
             raise LookupError(str(error)) from error
-        self.forget(hint)
+        if hint:
+            self.forget(hint)
         return self.at("" if folder == self._root else folder.relative_to(self._root).as_posix())
 
     def forget(self, path: str) -> None:
@@ -181,6 +217,17 @@ class Sessions:
     def release(self) -> None:
         """Give the memory of all manifests back; they are read again when needed."""
         self._loaded.clear()
+
+
+def _require_readable(folder: Path) -> str | None:
+    """The identity that a folder carries, or None.
+
+    Raises:
+        OSError: there may be one, and it cannot be read now; a new one would make everything anew.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (folder / layout.PRIVATE / "session.json").read_bytes()
+    return layout.read_session_id(folder)
 
 
 def describe(session: Session) -> dict[str, Any]:

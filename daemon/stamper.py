@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 from daemon.index import Fact
 from daemon.session import Sessions
@@ -57,18 +56,22 @@ class Stamper:
         if place is None:
             return
         session = self._sessions.at(place.session)
-        digest = None
-        with suppress(FileNotFoundError):
+        try:
             digest = await asyncio.to_thread(sha256_of, session.folder / place.relative)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # it is gone, which is told by itself
+        except OSError as error:
+            log.warning("cannot compare %s: %s", fact.path, error)
+            digest = ""  # the job that it wants will say beside it what is wrong
         renewed = []
         for kind in ("crop", "caption"):
             record = session.manifest.get(kind, place.relative)
-            if record is None:
+            if record is None or record.get("stale"):
                 continue
-            if record.get("sha256") == digest:
+            if record.get("sha256") == digest and record.get("size") == fact.size:
                 renewed.append({**record, "mtime_ns": fact.mtime_ns})
             else:
                 # Another content: the old record must not ask for another comparison.
-                session.manifest.records.pop((kind, place.relative), None)
+                session.outdate(kind, place.relative)
         session.manifest.append(renewed)
         self._route(fact)

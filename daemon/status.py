@@ -60,8 +60,9 @@ def describe_session(
         for job in pending
         if job.attempts and "message" in job.problem
     ]
-    trouble = [f"{name}: {what}" for name, what in standing_errors(session)]
-    told = {name for name, _ in standing_errors(session)}
+    errors = standing_errors(session)
+    trouble = [what if what.startswith(f"{name} ") else f"{name}: {what}" for name, what in errors]
+    told = {name for name, _ in errors}
     trouble += [
         f"{job.kind} of {job.subject} failed: {job.problem.get('message', '')}"
         for job in jobs
@@ -105,6 +106,8 @@ def _state_line(
     ended = session.manifest.of_kind("train")
     if ended and ended[-1].get("state") in ("failed", "cancelled"):
         return f"run {ended[-1]['run']} {ended[-1]['state']}: {ended[-1].get('reason', '')}".rstrip(": ")
+    if any(layout.is_spec_name(name) for name, _ in standing_errors(session)):
+        return "idle: train.yaml cannot be used (see Trouble)"
     if session.manifest.of_kind("convert"):
         return "done: the model is ready"
     return "idle: a train.yaml starts training (rename train.example.yaml)"
@@ -144,7 +147,13 @@ def _model_line(session: Session, record: Mapping[str, Any]) -> str:
 
 
 def write_status(session: Session, status: SessionStatus, now: datetime) -> None:
-    """Write STATUS.txt, unless it says the same already and is not about to be stale."""
+    """Write STATUS.txt, unless it says the same already and is not about to be stale.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if layout.read_session_id(session.folder) != session.id:
+        return  # renamed or removed a moment ago: nothing is written where it lay
     file = session.folder / layout.STATUS
     text = render(status, now, STALE_AFTER)
     with suppress(OSError, UnicodeDecodeError):
@@ -152,10 +161,7 @@ def write_status(session: Session, status: SessionStatus, now: datetime) -> None
         busy = not status.state.startswith(("idle", "done"))
         if same_but_time(file.read_text(encoding="utf-8"), text) and (fresh or not busy):
             return
-    try:
-        write_text(file, text)
-    except OSError as error:
-        log.warning("cannot write %s: %s", file, error)
+    write_text(file, text)
 
 
 def session_json(session: Session, status: SessionStatus) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -16,6 +17,10 @@ class ProgressDisplay(Protocol):
 
     def end(self, job: int) -> None:
         """A job has ended."""
+        ...
+
+    def log_handler(self) -> logging.Handler:
+        """Where log lines go, so that they and what is shown do not spoil each other."""
         ...
 
     def close(self) -> None:
@@ -34,6 +39,10 @@ class NoDisplay:
 
     def close(self) -> None:
         """Nothing."""
+
+    def log_handler(self) -> logging.Handler:
+        """Plain lines on stderr."""
+        return logging.StreamHandler(sys.stderr)
 
 
 class Bars:
@@ -69,6 +78,12 @@ class Bars:
         task = self._tasks.pop(job, None)
         if task is not None:
             self._progress.remove_task(task)
+
+    def log_handler(self) -> logging.Handler:
+        """Lines above the bars."""
+        from rich.logging import RichHandler
+
+        return RichHandler(console=self._progress.console, show_path=False, log_time_format="%H:%M:%S")
 
     def close(self) -> None:
         """Take all bars away."""

@@ -50,10 +50,32 @@ def read_document(text: str, model: type[ModelType], code: str) -> ModelType:
     if not isinstance(value, dict):
         found = "a list" if isinstance(value, list) else "one value"
         raise Refusal(code, f"It holds {found} where `key: value` lines belong.", "Write one `key: value` a line.", 1)
+    _refuse_doubles(node, code)
     try:
-        return model.model_validate(value)
+        return model.model_validate(_without_nulls(value))
     except ValidationError as error:
         raise _value_refusal(error, node, model, code) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key without a value is a key that says nothing: ``watch:`` with only comments below it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _refuse_doubles(node: Any, code: str) -> None:
+    """YAML lets the last of two equal keys win, silently."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, inner in node.value:
+        line = key.start_mark.line + 1
+        name = str(key.value)
+        if name in seen:
+            raise Refusal(code, f"`{name}` stands there twice (first in line {seen[name]}).", "Keep one.", line)
+        seen[name] = line
+        _refuse_doubles(inner, code)
 
 
 def _syntax_refusal(error: yaml.MarkedYAMLError, text: str, code: str) -> Refusal:
@@ -74,7 +96,7 @@ def _value_refusal(error: ValidationError, node: Any, model: type[BaseModel], co
     path = _known_path(keys, node)
     line = _line_of(path, node)
     name = ".".join(path) or "the file"
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and path:
         known = sorted(_fields_at(model, path[:-1]))
         close = difflib.get_close_matches(path[-1], known, n=1)
         advice = f"Did you mean `{close[0]}`?" if close else f"Known here: {', '.join(known)}."

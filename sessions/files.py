@@ -111,8 +111,13 @@ def write_text(final: Path, text: str) -> None:
 
 
 def write_json(final: Path, value: Any) -> None:
-    """Write JSON atomically, indented, with a newline at the end."""
-    write_text(final, json.dumps(value, indent=2, ensure_ascii=False, default=_json_default) + "\n")
+    """Write JSON atomically, indented, with a newline at the end. Names that are no UTF-8 are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_json_default)
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:
+        content = json.dumps(value, indent=2, default=_json_default).encode()
+    write_bytes(final, content + b"\n")
 
 
 def _json_default(value: Any) -> Any:

@@ -48,6 +48,9 @@ class DaemonProcess:
     Args:
         folder: an empty folder: the tree, the state and the WebUI's models come into it.
         cache: where the miniatures are, so that each test need not build them.
+
+    Attributes:
+        wrapper: a program and its arguments that each command is run by; empty: none.
     """
 
     def __init__(self, folder: Path, cache: Path) -> None:
@@ -68,6 +71,7 @@ class DaemonProcess:
             "PYTHONWARNINGS": "default",
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self.wrapper: list[str] = []
 
     def settings(self, **keys: Any) -> None:
         """Write fastsd.yaml."""
@@ -95,7 +99,7 @@ class DaemonProcess:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of ``fastsd``."""
-        return [sys.executable, "-m", "daemon", *arguments]
+        return [*self.wrapper, sys.executable, "-m", "daemon", *arguments]
 
     def start(self, *arguments: str) -> None:
         """Start ``fastsd up``, in a process group of its own, and wait until it answers."""
@@ -168,6 +172,20 @@ class DaemonProcess:
     def manifest(self, session: Path) -> Manifest:
         """The manifest of a session as it is on disk."""
         return Manifest.load(session)
+
+    def once(self) -> int:
+        """``fastsd up --once``: its exit code. What it wrote is in the log."""
+        done = self.run("up", os.fspath(self.root), "--once")
+        with self.log.open("a") as log:
+            log.write(done.stderr)
+        return done.returncode
+
+    def status(self) -> dict[str, Any]:
+        """``fastsd status --json``."""
+        done = self.run("status", os.fspath(self.root), "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
 
     def drawings(self) -> list[dict[str, Any]]:
         """What the WebUI drew."""

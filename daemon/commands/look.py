@@ -37,15 +37,16 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def _status_of(state: State) -> dict[str, Any]:
+    nothing = {"root": os.fspath(state.root), "sessions": []}
     try:
         answer = ask(state.socket, "status")
-        return {"running": True, **{key: value for key, value in answer.items() if key != "ok"}}
+        return {**nothing, "running": True, **{key: value for key, value in answer.items() if key != "ok"}}
     except NoDaemon:
         try:
             value = json.loads(state.snapshot.read_bytes())
         except (OSError, ValueError):
-            value = {"root": os.fspath(state.root), "sessions": []}
-        return {**value, "running": False}
+            value = None
+        return {**nothing, **(value if isinstance(value, dict) else {}), "running": False}
 
 
 def _show_status(value: Mapping[str, Any]) -> None:
@@ -53,6 +54,8 @@ def _show_status(value: Mapping[str, Any]) -> None:
         tree = value.get("tree", {})
         who = f"process {value.get('pid')}, since {value.get('since')}"
         print(f"{value['root']}: {value.get('state', 'running')} ({who})")
+        if value.get("error"):
+            print(f"  it cannot tell more: {value['error']}")
         events = "events and scans" if tree.get("events") else "scans"
         print(f"  watching {tree.get('files', 0):,} files in {tree.get('folders', 0):,} folders by {events}")
         if tree.get("unsettled"):
@@ -65,6 +68,8 @@ def _show_status(value: Mapping[str, Any]) -> None:
     else:
         seen = f", last seen {value['at']}" if value.get("at") else ""
         print(f"{value['root']}: no daemon runs{seen}. Start it with: fastsd up {value['root']}")
+    for line in value.get("blocked", []):
+        print(f"  {line}")
     for session in value.get("sessions", []):
         counts = f"{session['cropped']} of {session['pictures']} cropped, {session['captioned']} captioned"
         print(f"\n  {session['name']}: {session['state']}\n    {counts}")
@@ -156,17 +161,29 @@ def logs(arguments: argparse.Namespace) -> int:
     if not file.exists():
         return complain(f"There is no log yet: {file}", FAILED)
     with file.open(encoding="utf-8", errors="replace") as reader:
-        sys.stdout.writelines(deque(reader, arguments.lines))
+        sys.stdout.writelines(deque(reader, max(arguments.lines, 0)))
         if arguments.follow:
             _follow(reader, file)
     return DONE
 
 
 def _follow(reader: TextIO, file: Path) -> None:
-    while file.exists():
+    while file.parent.exists():
         line = reader.readline()
         if line:
             sys.stdout.write(line)
             sys.stdout.flush()
+        elif _was_replaced(reader, file):
+            with file.open(encoding="utf-8", errors="replace") as newer:
+                _follow(newer, file)
+            return
         else:
             time.sleep(_LOG_POLL_SECONDS)
+
+
+def _was_replaced(reader: TextIO, file: Path) -> bool:
+    """Whether the log was full and another one begun."""
+    try:
+        return not os.path.samestat(os.fstat(reader.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

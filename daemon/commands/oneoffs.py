@@ -164,7 +164,7 @@ def _run(
     workers: int = 1,
 ) -> int:
     """Run payloads and print a row each, as they end."""
-    from daemon.devices import gpu_devices
+    from daemon.devices import gpu_devices, worker_environment
     from daemon.oneoff import run_payloads
     from daemon.slots import WorkerSettings
     from daemon.terminal import display_for_terminal
@@ -179,7 +179,7 @@ def _run(
     display = display_for_terminal()
     failed = False
     with tempfile.TemporaryDirectory(prefix="fastsd-") as logs:
-        settings = WorkerSettings(cache_home(os.environ), Path(logs))
+        settings = WorkerSettings(cache_home(os.environ), Path(logs), worker_environment(os.environ))
         subjects = [Path(str(payload["source"])).name for payload in payloads]
         try:
             for index, outcome in run_payloads(

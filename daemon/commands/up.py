@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def run_tree(state: State, settings: Settings, *, once: bool) -> int:
         return complain(f"the state folder {state.folder} cannot be made: {error.strerror}. {advice}", CONFIGURATION)
     try:
         with TreeLock(state):
-            _log_to(state.logs / "daemon.log")
             return asyncio.run(_serve(state, settings, once=once))
     except TreeIsHeld as error:
         return complain(str(error), FAILED)
@@ -54,6 +52,7 @@ async def _serve(state: State, settings: Settings, *, once: bool) -> int:
     from daemon.app import Daemon
 
     display = display_for_terminal()
+    _log_to(state.logs / "daemon.log", display.log_handler())
     try:
         return await Daemon(state, settings, os.environ, once=once, display=display).run()
     finally:
@@ -67,12 +66,13 @@ def _tell_beside(error: BadSettings) -> None:
         return
 
 
-def _log_to(file: Path) -> None:
-    form = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+def _log_to(file: Path, on_terminal: logging.Handler) -> None:
     to_file = RotatingFileHandler(file, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8", errors="backslashreplace")
-    to_terminal = logging.StreamHandler(sys.stderr)
-    for handler in (to_file, to_terminal):
-        handler.setFormatter(form)
+    form = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    to_file.setFormatter(form)
+    if type(on_terminal) is logging.StreamHandler:
+        on_terminal.setFormatter(form)
+    for handler in (to_file, on_terminal):
         logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     logging.getLogger("apscheduler").setLevel(logging.WARNING)

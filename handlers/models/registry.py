@@ -123,7 +123,7 @@ def _known(entry: Entry, cache: Path) -> Model:
     else:
         place = local_copy(entry, cache)
         path, present = place or cache / "models" / entry.name, place is not None
-    size = size_of(path) if present else entry.bytes
+    size = (size_of(path) if present else 0) or entry.bytes
     return Model(entry.name, entry.family, entry.kind, path, entry.resolution, size, entry.origin, present)
 
 

@@ -1,6 +1,6 @@
 """Write trained states as the folders that the package ships: ``python -m tools.miniature.export --state DIR``.
 
-Weights are float16; ``miniature.ensure`` gives these folders from then on. A family whose states are missing is left.
+Weights are float16; ``miniature.ensure`` unfolds these folders from then on. A family whose states are missing is left.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ def captioning_family(state: Path, target: Path) -> None:
     print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
 
 
+def _say_float32(folder: Path) -> None:
+    """Let the configurations name the type that the weights have once they are unfolded."""
+    for path in folder.rglob("config.json"):
+        configuration = path.read_text(encoding="utf-8")
+        path.write_text(configuration.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
+
+
 FAMILIES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "miniature": ("unet.pt", drawing_family),
     "miniature-captioner": ("captioner.pt", captioning_family),
@@ -65,7 +72,7 @@ def main() -> None:
             folder = options.target / name
             shutil.rmtree(folder, ignore_errors=True)
             write(options.state, folder)
-            (folder / miniature.READY).write_text(f"{miniature.VERSION}\n")
+            _say_float32(folder)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Parts of names of what stands at a model's ends: no matrix there maps hidden to hidden.
+_ENDS = ("embed", "conv_in", "conv_out", "lm_head", "latent_query", "read")
 
 
 def orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -94,6 +96,6 @@ def optimizer_for(module: torch.nn.Module, muon_rate: float, adam_rate: float) -
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        hidden = parameter.ndim >= 2 and not any(word in name for word in ("embed", "conv_in", "conv_out", "lm_head"))
+        hidden = parameter.ndim >= 2 and not any(word in name for word in _ENDS)
         (matrices if hidden else rest).append(parameter)
     return Pair(Muon(matrices, muon_rate), torch.optim.AdamW(rest, adam_rate, betas=(0.9, 0.98), weight_decay=1e-3))

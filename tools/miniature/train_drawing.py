@@ -104,6 +104,9 @@ def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.T
     unet.set_attn_processor(AttnProcessor())  # faster than the fused one at these sizes
     optimizer = muon.optimizer_for(unet, MUON_RATE, LEARNING_RATE)
     schedule = DDPMScheduler.from_config(drawing.scheduler().config)
+    # Colours and layout are settled where nearly all is noise, and there the error in the noise is tiny: it is weighed
+    # by 1 / sqrt(signal-to-noise), which makes every part of the schedule count about alike.
+    weights = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
     mask = key_mask(device)
 
     def step(number: int, _fraction: float) -> torch.Tensor:
@@ -122,7 +125,8 @@ def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.T
             encoder_hidden_states=hidden[said].float().to(device),
             encoder_attention_mask=mask.expand(BATCH, -1),
         ).sample
-        return functional.mse_loss(predicted, noise.to(device))
+        errors = (predicted - noise.to(device)).square().mean((1, 2, 3))
+        return (errors * weights[timesteps].to(device)).mean()
 
     training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
 

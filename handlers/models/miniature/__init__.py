@@ -1,6 +1,6 @@
 """Miniature models: the real classes at tiny widths, for the demo, the tests and whoever names them.
 
-Light to import: torch is loaded only when a miniature without shipped weights has to be built.
+Light to import: numpy is loaded when shipped weights are unfolded, torch only where a miniature has none.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from pathlib import Path
 
 from sessions import files
 
-VERSION = "1"
+VERSION = "2"
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("miniature", "miniature-captioner")
-READY = "READY"
+# Written last into an unfolded or built folder.
+_READY = "READY"
+_INDICES = ("model_index.json", "config.json")
 
 
 def shipped(name: str) -> Path | None:
     """The packaged folder of a trained miniature, or None where it has none yet."""
     folder = WEIGHTS / name
-    return folder if (folder / READY).is_file() else None
+    return folder if any((folder / index).is_file() for index in _INDICES) else None
 
 
 def folder_of(name: str, cache: Path) -> Path:
     """Where a miniature lies or will lie; nothing is built."""
-    return shipped(name) or cache / "miniature" / f"{name}-{VERSION}"
+    kind = "" if is_trained(name) else "-random"
+    return cache / "miniature" / f"{name}-{VERSION}{kind}"
 
 
 def is_trained(name: str) -> bool:
@@ -36,8 +39,9 @@ def is_trained(name: str) -> bool:
 def ensure(name: str, cache: Path) -> Path:
     """The Diffusers (or transformers) folder of a miniature, ready to load.
 
-    Trained weights come with the package. A miniature without them is built once with random weights (the same on
-    every machine of one torch version) into ``cache``; two workers may do so at once, and the first one's stays.
+    Trained weights come with the package and are unfolded to float32 into ``cache`` once. A miniature without them is
+    built there with random weights (the same on every machine of one torch version). Two workers may do so at once: the
+    first one's stays.
 
     Args:
         name: one of ``NAMES``.
@@ -50,14 +54,14 @@ def ensure(name: str, cache: Path) -> Path:
         message = f"there is no miniature called {name!r}"
         raise ValueError(message)
     final = folder_of(name, cache)
-    if (final / READY).is_file():
+    if (final / _READY).is_file():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(final.parent)
     temporary = files.temporary_name(final)
     try:
         _build(name, temporary)
-        (temporary / READY).write_text(f"{VERSION}\n")
+        (temporary / _READY).write_text(f"{VERSION}\n")
         _sync_tree(temporary)
         _publish(temporary, final)
     finally:
@@ -66,7 +70,12 @@ def ensure(name: str, cache: Path) -> Path:
 
 
 def _build(name: str, target: Path) -> None:
-    if name == "miniature-captioner":
+    weights = shipped(name)
+    if weights is not None:
+        from handlers.models.miniature.expand import expand
+
+        expand(weights, target)
+    elif name == "miniature-captioner":
         from handlers.models.miniature import captioner
 
         captioner.build(target)
@@ -89,5 +98,5 @@ def _publish(temporary: Path, final: Path) -> None:
     try:
         files.publish(temporary, final)
     except OSError:
-        if not (final / READY).is_file():
+        if not (final / _READY).is_file():
             raise
