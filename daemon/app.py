@@ -21,6 +21,7 @@ from daemon.gates import CaptionGate, Gates
 from daemon.hooks import TreeHooks
 from daemon.index import Fact, Index
 from daemon.jobs import Job, JobState
+from daemon.memory import give_memory_back
 from daemon.outcomes import record_ended_run
 from daemon.planner import Planner
 from daemon.prepare import Preparer
@@ -46,6 +47,8 @@ _STOP_SECONDS = 280.0
 _QUIET_WITH_EVENTS = 60.0
 _QUIET_WITHOUT_EVENTS = 300.0
 _GATHER_SECONDS = 0.05
+# After so many plans, as at the first start in a large tree, memory is given back.
+_MANY_SESSIONS = 50
 _GATHER_SECONDS_AT_MOST = 5.0
 _PENDING: tuple[JobState, ...] = ("ready", "running", "waiting")
 
@@ -292,7 +295,7 @@ class Daemon:
         return True
 
     async def _plan_forever(self) -> None:
-        spent = 0.0
+        spent, planned = 0.0, 0
         while True:
             await self._dirty_event.wait()
             # A plan looks at every picture of its session: in a large one, it takes a tenth of the time at most.
@@ -304,8 +307,13 @@ class Daemon:
                 path = next(iter(self._dirty))
                 self._plan(path)
                 self._dirty.discard(path)
+                planned += 1
                 await asyncio.sleep(0)
             spent = time.monotonic() - began
+            if planned > _MANY_SESSIONS:
+                planned = 0
+                self.sessions.release()
+                give_memory_back()
 
     def _plan(self, path: str) -> None:
         if path not in self.sessions:

@@ -31,7 +31,8 @@ class BlockedFolders:
         self._root = root
         self._sessions = sessions
         self._unreadable = unreadable
-        self._told: dict[str, str] = {}
+        # The root's own note lies outside the tree: nobody finds it.
+        self._told: dict[str, str] = {"": ""}
 
     def found(self, note: str) -> None:
         """An error file lies in the tree. Where it is about a folder, it is ours to take back."""

@@ -124,7 +124,10 @@ def load_settings(root: Path, chosen: Path | None = None) -> Settings:
         if chosen is None:
             return Settings()
         raise BadSettings(file, Refusal("config", "There is no such file.", "Check --config.")) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        advice = "Give the user that fastsd runs as the right to read it."
+        raise BadSettings(file, Refusal("config", f"It cannot be read: {error.strerror}.", advice)) from None
+    except UnicodeDecodeError as error:
         raise BadSettings(file, Refusal("config", f"It cannot be read: {error}.", "Save it as UTF-8 text.")) from None
     try:
         return read_document(text, Settings, "config")

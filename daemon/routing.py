@@ -16,7 +16,7 @@ from typing import Any
 from daemon.index import Fact
 from daemon.jobs import JobRequest, job_key
 from daemon.session import Session
-from sessions.layout import Shape, place_of
+from sessions.layout import Shape, session_folder_of
 from sessions.manifest import Record
 
 PICTURE_KINDS = ("crop", "caption")
@@ -198,8 +198,9 @@ def publish_requests(session: Session) -> list[JobRequest]:
 
 def sessions_touched(paths: Iterable[str], shape: Shape) -> set[str]:
     """The session folders in which any of the paths lies."""
-    places = (place_of(path, shape) for path in paths)
-    return {place.session for place in places if place is not None}
+    folders = {path.rpartition("/")[0] for path in paths}
+    sessions = (session_folder_of(f"{folder}/-" if folder else "-", shape) for folder in folders)
+    return {session for session in sessions if session is not None}
 
 
 def fingerprint(value: Any) -> str:

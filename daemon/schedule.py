@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
+from daemon.memory import give_memory_back
 from daemon.status import local_now
 from sessions.trash import empty_trash
 
@@ -51,6 +52,7 @@ class Schedule:
             with suppress(LookupError, OSError):
                 self._daemon.reporter.outcome(self._daemon.sessions.by_id(entry.job.session).path)
         self._daemon.sessions.release()
+        give_memory_back()
 
     async def _try_blocked(self) -> None:
         """No event tells that a folder's permissions were mended."""

@@ -104,7 +104,7 @@ def _state_line(
     if pending or plan.waits:
         return "waiting (see below)"
     ended = session.manifest.of_kind("train")
-    if ended and ended[-1].get("state") in ("failed", "cancelled"):
+    if ended and ended[-1].get("state") in ("failed", "refused", "cancelled"):
         return f"run {ended[-1]['run']} {ended[-1]['state']}: {ended[-1].get('reason', '')}".rstrip(": ")
     if any(layout.is_spec_name(name) for name, _ in standing_errors(session)):
         return "idle: train.yaml cannot be used (see Trouble)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ _TRACEBACK_CHARACTERS = 20_000
 _OWN_PACKAGES = {"daemon", "handlers", "sessions"}
 # Someone installs the missing package: worth a look every few minutes.
 _RETRY_MISSING_PACKAGE = 300.0
+_RETRY_DISK_FULL = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Outcome:
                 # The environment is at fault, not the file: thousands of files would fail alike.
                 reason = f"A Python package cannot be loaded ({end}): install it with pip install 'fastsd[all]'."
                 return cls("waiting", reason=reason, retry_after=_RETRY_MISSING_PACKAGE)
+            case OSError() if end.errno in (errno.ENOSPC, errno.EDQUOT):
+                # No file is at fault, and all jobs of the kind would fail alike.
+                reason = "The disk is full. Make room on it: the work then goes on by itself."
+                return cls("waiting", reason=reason, retry_after=_RETRY_DISK_FULL)
             case MemoryError():
                 text = str(end) or "There was not enough memory. Close other programs, or use smaller pictures."
                 return cls.failure("MemoryError", text, _traceback_of(end))

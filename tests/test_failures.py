@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -134,7 +135,7 @@ def test_spoilt_pictures_are_told_beside_them_and_the_others_go_on(
     # A good picture in its place, while the daemon runs.
     (session / ".new").write_bytes(whole)
     (session / ".new").rename(session / "cut.png")
-    until(lambda: (session / "crops" / "cut.jpg").is_file(), "the good picture is cropped")
+    until((session / "crops" / "cut.jpg").is_file, "the good picture is cropped")
     until(lambda: not error_of(session / "cut.png"), "its error file goes")
     until(lambda: "cut.png" not in text_of(session / "STATUS.txt"), "STATUS.txt forgets it")
     (session / "a.jpg").unlink()
@@ -221,12 +222,12 @@ def test_a_folder_without_write_permission_is_told_beside_it_and_goes_on_once_it
         assert "Sessions/closed: fastsd cannot write into this folder: Permission denied." in shown
         until(lambda: "Sessions/dark/inner: fastsd cannot look into" in daemon.run("status").stdout, "status shows it")
         fill(free, rocket, ("2.jpg",))
-        until(lambda: (free / "crops" / "2.jpg").is_file(), "the others go on")
+        until((free / "crops" / "2.jpg").is_file, "the others go on")
     finally:
         closed.chmod(0o755)
         (dark / "inner").chmod(0o755)
-    until(lambda: (closed / "crops" / "1.jpg").is_file(), "it goes on once it may", 40)
-    until(lambda: (dark / "crops" / "2.jpg").is_file(), "what was dark is seen", 40)
+    until((closed / "crops" / "1.jpg").is_file, "it goes on once it may", 40)
+    until((dark / "crops" / "2.jpg").is_file, "what was dark is seen", 40)
     until(lambda: not list(sessions.rglob("*.error.txt")), "the error files go")
     assert daemon.stop() == 0
     assert daemon.once() == 0, daemon.log.read_text()
@@ -287,7 +288,10 @@ def test_a_webui_that_is_absent_is_no_failure_and_gets_the_model_when_it_comes(
     assert publication(daemon, session) is None
 
     daemon.start()
+    until(lambda: daemon.jobs("publish", "waiting"), "the running daemon has asked for it, too")
     with webui(daemon.models, port=port):
+        # It is asked for every half minute; who cannot wait says so.
+        assert daemon.run("retry").returncode == 0
         found = until(lambda: publication(daemon, session), "the model is published", 60)
         assert found["sd_model_hash"] == sha256_of(model)[:10]
         assert found["proof"] == "picture"
@@ -318,11 +322,11 @@ def test_a_webui_command_that_does_not_exist_is_said_clearly_and_the_daemon_live
     session = daemon.root / "Sessions" / "zwx"
     with_model(session, rocket)
     daemon.start()
-    sentence = "/nowhere/launch.py cannot be started: No such file or directory"
+    sentence = "/nowhere/launch.py cannot be started: No such file or directory. See webui.command in fastsd.yaml."
     until(lambda: sentence in text_of(session / "STATUS.txt"), "STATUS.txt says so", 30)
     assert sentence in daemon.run("status", str(daemon.root)).stdout
     fill(session, rocket, ("2.jpg",))
-    until(lambda: (session / "crops" / "2.jpg").is_file(), "the pictures go on")
+    until((session / "crops" / "2.jpg").is_file, "the pictures go on")
     assert daemon.stop() == 0
 
 
@@ -381,8 +385,8 @@ def small_disk(daemon: DaemonProcess) -> Iterator[Path]:
         yield daemon.root
     finally:
         daemon.stop()
-        MNT_DETACH = 2
-        ctypes.CDLL(None).umount2(os.fsencode(daemon.root), MNT_DETACH)
+        mnt_detach = 2  # umount2(2): whoever still looks at it does not keep it
+        ctypes.CDLL(None).umount2(os.fsencode(daemon.root), mnt_detach)
 
 
 def test_a_full_disk_is_said_and_work_goes_on_when_there_is_room(
@@ -391,18 +395,31 @@ def test_a_full_disk_is_said_and_work_goes_on_when_there_is_room(
     daemon.settings(webui=NO_WEBUI, watch=QUICK)
     session = fill(small_disk / "Sessions" / "dog", rocket, ("1.jpg",))
     daemon.start()
-    until(lambda: (session / "crops" / "1.jpg").is_file(), "there is room for the first")
+    until((session / "crops" / "1.jpg").is_file, "there is room for the first")
+    daemon.ask("pause")
     shutil.copyfile(rocket, session / "2.jpg")
+    until(lambda: daemon.jobs("crop", "ready"), "its job is there")
     with (small_disk / ".ballast").open("wb", buffering=0) as ballast:
-        try:
+        with suppress(OSError):
             while ballast.write(bytes(4096)):
                 pass
-        except OSError:
-            pass
-    until(lambda: "No space left on device" in daemon.run("status", str(small_disk)).stdout, "status says so")
+        # Room for notes, and none for a picture.
+        ballast.truncate(ballast.tell() - 24 * 1024)
+        daemon.ask("resume")
+        until(lambda: "The disk is full. Make room on it" in text_of(session / "STATUS.txt"), "STATUS.txt says so")
+        assert "The disk is full. Make room on it" in daemon.run("status", str(small_disk)).stdout
+        assert not error_of(session / "2.jpg"), "the picture is not at fault"
+        # No room for anything.
+        with suppress(OSError):
+            while ballast.write(bytes(4096)):
+                pass
+        (session / "no picture").touch()
+        until(lambda: "No space left on device" in daemon.run("status", str(small_disk)).stdout, "status says so")
     assert not (session / "crops" / "2.jpg").exists()
     assert not list(small_disk.rglob(".fastsd-tmp-*")), "nothing half-written"
-    assert not error_of(session / "2.jpg"), "the picture is not at fault"
     (small_disk / ".ballast").unlink()
-    until(lambda: (session / "crops" / "2.jpg").is_file(), "it goes on by itself", 60)
+    until((session / "crops" / "2.jpg").is_file, "it goes on by itself", 60)
+    until(lambda: "isk is full" not in text_of(session / "STATUS.txt"), "STATUS.txt says so")
+    assert not list(small_disk.rglob("*.error.txt"))
     assert daemon.stop() == 0
+    assert daemon.once() == 0, daemon.log.read_text()

@@ -17,6 +17,7 @@ from daemon.commands.roots import complain
 from daemon.commands.up import run_tree
 from daemon.config import load_settings
 from daemon.state import State, cache_home
+from handlers.models import miniature
 from sessions import layout
 from sessions.files import write_text
 from sessions.manifest import Manifest
@@ -55,6 +56,10 @@ def demo(arguments: argparse.Namespace) -> int:
     if _helper("pictures", str(session / layout.INSTANCE_IMAGES)) is None:
         return FAILED
     write_text(session / layout.SPEC_NAMES[0], _SPEC)
+    untrained = [name for name in miniature.NAMES if not miniature.is_trained(name)]
+    if untrained:
+        print(f"Note: the weights of {' and '.join(untrained)} are random in this version: the chain is real, and what")
+        print("they draw or say makes no sense.")
     print("The daemon, once: crop, caption, train (two stages), convert and prove.", flush=True)
     code = run_tree(State.of(folder, os.environ), load_settings(folder), once=True)
     models = Manifest.load(session).of_kind("convert")

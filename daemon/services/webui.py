@@ -256,6 +256,9 @@ class WebUISupervisor:
         quoted = f' Its last words: "{words}".' if words else ""
         if ended.done():
             self._process = None
+            if ended.result() == _NOT_STARTED:
+                advice = "See webui.command in fastsd.yaml."
+                return f"The WebUI could not be started: {words or self._command[0]}. {advice}"
             return f"The WebUI ended by itself with {describe_exit(ended.result())}.{quoted}"
         await self._end_now()
         return f"The WebUI {otherwise}.{quoted}"
@@ -306,7 +309,9 @@ class WebUISupervisor:
             await asyncio.to_thread(leftovers.end, self._mark, 0.0)
 
 
-_ADVICE = "fastsd leaves it alone. Its log says more; mend it, then run `fastsd webui start`."
+# The guardian's exit code for a program that cannot be started; a shell's, too.
+_NOT_STARTED = 127
+_ADVICE = "fastsd leaves it alone. Its log says more; mend it, then start fastsd again."
 
 
 def child_environment(environment: Mapping[str, str], mark: str) -> dict[str, str]:

@@ -175,7 +175,7 @@ def test_gives_up_and_can_be_started_again(tmp_path: Path) -> None:
         await house.supervisor.start()
         state = await within(20, house.supervisor.until("given-up"))
         assert "It crashed 3 times in a row" in state.reason
-        assert "fastsd webui start" in state.reason
+        assert "start fastsd again" in state.reason
         await house.supervisor.start()
         await within(20, house.supervisor.until("ready"))
 
