@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from daemon.config import WebUIKeys
-from daemon.services.webui import WebUISupervisor
 from daemon.state import State
-from handlers.publish.connect import LATER_KINDS, connect
+from handlers.publish.kinds import LATER_KINDS
+
+if TYPE_CHECKING:
+    from daemon.services.webui import WebUISupervisor
 
 
 class WebUIService:
@@ -38,6 +41,10 @@ class WebUIService:
         """The service that the settings ask for; nothing is started yet."""
         if keys.command is None or keys.kind in {"none", *LATER_KINDS}:
             return cls(keys, None)
+        # Asking a WebUI takes modules that the daemon does without where there is none of ours.
+        from daemon.services.webui import WebUISupervisor
+        from handlers.publish.connect import connect
+
         supervisor = WebUISupervisor(
             keys.command,
             connect(keys.model_dump(mode="json"), environment),

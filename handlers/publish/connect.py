@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from handlers.publish.ask import CREDENTIALS, A1111Client, NotImplementedYet, NotReady
-
-A1111_KINDS = frozenset({"a1111", "forge"})
-LATER_KINDS = frozenset({"sdnext", "comfyui", "sdcpp"})
+from handlers.publish.kinds import A1111_KINDS, LATER_KINDS
 
 
 def credentials_from(environment: Mapping[str, str]) -> tuple[str | None, str | None]:

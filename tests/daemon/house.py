@@ -126,7 +126,7 @@ class House:
         )
         self.router.reroute()
 
-    def _on_ended(self, job: Job, session: str | None) -> None:
+    def _on_ended(self, _job: Job, session: str | None) -> None:
         self.ended.append(session)
         if session is not None:
             self._dirty.add(session)
@@ -242,14 +242,14 @@ class House:
             return Outcome("done", facts={"run": payload["run"], "state": "finished", "finished": os.fspath(folder)})
         if kind == "convert":
             Path(payload["output"]).write_bytes(b"model")
-            return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(payload["output"],))
+            return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(Path(payload["output"]),))
         content = Path(payload["source"]).read_bytes()
         if content in self.refuses:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))
         digest = hashlib.sha256(content).hexdigest()
         if kind == "crop":
             output = _made(payload["output"], content)
-            facts = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": "centre"}
+            facts: dict[str, Any] = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": "centre"}
             return Outcome("done", facts=facts, outputs=(output,))
         outputs = [_made(payload["sidecar"], b"{}"), _made(payload["preview"], content)]
         text = Path(payload["text"]) if payload["text"] else None
@@ -313,10 +313,10 @@ async def _prepared(hooks: TreeHooks, job: Job) -> dict[str, Any] | None:
     return None if payload is None else dict(payload)
 
 
-def _made(path: str, content: bytes) -> str:
+def _made(path: str, content: bytes) -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content)
-    return path
+    return Path(path)
 
 
 def _sha(path: Path) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import build_parser
+from daemon.jobs import JobRequest
 from daemon.queue import Queue
-from daemon.routing import JobRequest
 from daemon.state import State
 from tests.daemon.test_control import Listening
 
@@ -52,7 +52,7 @@ class Console:
     def run(self, *arguments: str | Path, code: str = "") -> subprocess.CompletedProcess[str]:
         command = ["-c", code] if code else ["-m", "daemon"]
         return subprocess.run(
-            [sys.executable, *command, *map(os.fspath, arguments)],
+            [sys.executable, *command, *(os.fspath(argument) for argument in arguments)],
             env={**self.environment, "PYTHONPATH": os.fspath(REPOSITORY)},
             cwd=self.root,
             stdin=subprocess.DEVNULL,
@@ -195,7 +195,8 @@ def test_a_damaged_snapshot_is_passed_over(console: Console, content: str) -> No
 
 def test_status_shows_what_the_daemon_said_last(console: Console) -> None:
     console.state.prepare()
-    session = {"name": "caf\udce9", "state": "idle", "pictures": 3, "cropped": 2, "captioned": 1, "waits": ["for \udce9"]}
+    counts = {"pictures": 3, "cropped": 2, "captioned": 1}
+    session = {"name": "caf\udce9", "state": "idle", "waits": ["for \udce9"], **counts}
     snapshot = {"root": str(console.root), "at": "2026-01-02", "sessions": [session]}
     console.state.snapshot.write_text(json.dumps(snapshot))
     done = console.run("status")

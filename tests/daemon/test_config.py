@@ -135,7 +135,8 @@ def test_what_is_no_length_of_time(text: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("200M", 200_000_000), ("5GB", 5_000_000_000), (1500, 1500), ("1.5 k", 1500), ("2GiB", 2 * 10**9)]
+    ("text", "value"),
+    [("200M", 200_000_000), ("5GB", 5_000_000_000), (1500, 1500), ("1.5 k", 1500), ("2GiB", 2 * 10**9)],
 )
 def test_quantities(text: object, value: int) -> None:
     assert quantity(text) == value

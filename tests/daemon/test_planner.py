@@ -337,7 +337,9 @@ def test_the_error_file_of_a_spec_that_is_removed_goes_with_it(house: House) -> 
     assert standing_errors(house.session(A)) == []
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00base", b"\x00" * 50, b"- a\n- b\n", b"base: ../../etc\n", b"[" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00base", b"\x00" * 50, b"- a\n- b\n", b"base: ../../etc\n", b"[" * 5000]
+)
 def test_any_rubbish_in_a_spec_is_told_and_nothing_else_happens(house: House, content: bytes) -> None:
     house.pictures(A)
     house.write(f"{A}/train.yaml", content)

@@ -126,7 +126,7 @@ def test_what_is_on_record_is_not_done_twice(house: House) -> None:
     house.pictures(A)
     house.write(f"{A}/train.yaml", SPEC)
     house.settle()
-    jobs = []
+    jobs: list[Job] = []
     for kind in ("train", "convert", "publish"):
         if kind == "publish":
             model = first_job(house, kind).payload["model"]
@@ -157,6 +157,6 @@ def test_a_model_that_is_gone_is_not_published(house: House) -> None:
         payload(house, job)
 
 
-@pytest.mark.parametrize(("phrase", "noun"), [("a snowman", "snowman"), ("The red car", "red car"), ("a", "a"), ("", "")])
+@pytest.mark.parametrize(("phrase", "noun"), [("a snowman", "snowman"), ("The red car", "red car"), ("a", "a")])
 def test_nouns(phrase: str, noun: str) -> None:
     assert noun_of(phrase) == noun

@@ -80,7 +80,12 @@ def test_the_key_is_the_content(size: int, mtime_ns: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "asks"),
-    [({}, False), ({"mtime_ns": 1}, True), ({"mtime_ns": 1, "size": 11}, False), ({"mtime_ns": 1, "stale": True}, False)],
+    [
+        ({}, False),
+        ({"mtime_ns": 1}, True),
+        ({"mtime_ns": 1, "size": 11}, False),
+        ({"mtime_ns": 1, "stale": True}, False),
+    ],
 )
 def test_only_a_file_of_equal_size_and_another_time_is_worth_a_hash(changes: dict[str, Any], asks: bool) -> None:
     assert (needs_stamp(session_with(record("crop", **changes)), "x.jpg", FACT) is not None) == asks
@@ -93,7 +98,10 @@ def test_a_record_without_a_hash_cannot_be_compared() -> None:
 
 
 SPECS = st.builds(
-    SpecRecord, st.just("train.yaml"), st.sampled_from(["aa", "bb"]), st.integers(0, 3 * 10**9).map(lambda ns: ns + 10**18)
+    SpecRecord,
+    st.just("train.yaml"),
+    st.sampled_from(["aa", "bb"]),
+    st.integers(0, 3 * 10**9).map(lambda ns: ns + 10**18),
 )
 
 
@@ -150,6 +158,13 @@ def test_a_finished_run_wants_its_file_and_the_file_its_webui() -> None:
 
 def test_the_sessions_of_many_paths() -> None:
     shape = Shape(has_sessions=True, nested=frozenset({"Sessions/a/sub"}))
-    paths = ["Sessions/a/x.jpg", "Sessions/a/deep/x.jpg", "Sessions/a/sub/x.jpg", "Models/b.ckpt", "top.jpg", "Sessions/x"]
+    paths = [
+        "Sessions/a/x.jpg",
+        "Sessions/a/deep/x.jpg",
+        "Sessions/a/sub/x.jpg",
+        "Models/b.ckpt",
+        "top.jpg",
+        "Sessions/x",
+    ]
     assert sessions_touched(paths, shape) == {"Sessions/a", "Sessions/a/sub"}
     assert sessions_touched(["x.jpg", "deep/x.jpg"], Shape(root_is_session=True)) == {""}
