@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -167,23 +167,29 @@ def _run_of(checkpoint: Path) -> str | None:
 
 
 def forget_picture(session: Session, relative: str, today: date) -> None:
-    """A picture is gone: what was made of it goes to the trash; a person's caption stays where it is.
+    """A picture is gone; see ``forget_pictures``."""
+    forget_pictures(session, [relative], today)
+
+
+def forget_pictures(session: Session, sources: Iterable[str], today: date) -> None:
+    """Pictures are gone: what was made of them goes to the trash; a person's caption stays where it is.
 
     Raises:
         OSError: the folder cannot be written.
     """
     gone = []
-    thrown: list[str] = []
-    for kind in ("crop", "caption", "refused"):
-        record = session.manifest.get(kind, relative)
-        if record is not None:
-            gone.append({"kind": kind, "source": relative, "gone": True})
-            thrown += [output for output in record.get("outputs", ()) if _is_ours(session, record, output)]
-    if gone:
+    for source in sources:
+        thrown: list[str] = []
+        for kind in ("crop", "caption", "refused"):
+            record = session.manifest.get(kind, source)
+            if record is not None:
+                gone.append({"kind": kind, "source": source, "gone": True})
+                thrown += [output for output in record.get("outputs", ()) if _is_ours(session, record, output)]
         move_to_trash(session.folder, thrown, today)
-        session.manifest.append(gone)
-    session.release_stem(relative)
-    remove_error(session.folder / relative)
+        session.release_stem(source)
+        remove_error(session.folder / source)
+    # One line a record, and one sync for all: whole folders of pictures go at once.
+    session.manifest.append(gone)
 
 
 def _is_ours(session: Session, record: Record, output: str) -> bool:

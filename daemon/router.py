@@ -13,7 +13,7 @@ from pathlib import Path
 
 from daemon.index import Fact, Index
 from daemon.jobs import ENDED, JobRequest, JobState
-from daemon.outcomes import forget_picture, is_there
+from daemon.outcomes import forget_pictures, is_there
 from daemon.planner import Plan, Planner
 from daemon.queue import Queue
 from daemon.routing import PICTURE_KINDS, PictureRules, needs_stamp, picture_requests, sessions_touched
@@ -109,6 +109,7 @@ class Router:
         """Files are gone: their outputs go to the trash, unless their session only moved."""
         paths = list(paths)
         self._refresh(paths)
+        pictures: dict[str, list[str]] = {}
         for path in paths:
             place = layout.place_of(path, self._shape)
             if place is None:
@@ -120,11 +121,21 @@ class Router:
                 self._moved.pop(place.session, None)
                 self._met.pop(place.session, None)
                 continue
+            if place.role is Role.PICTURE:
+                pictures.setdefault(place.session, []).append(place.relative)
+                continue
             try:
                 self._vanish(self._sessions.at(place.session), place)
             except OSError as error:
                 log.warning("cannot tidy after %s: %s", path, error)
             self._touched(place.session)
+        for session, gone in pictures.items():
+            self._move(session)
+            try:
+                forget_pictures(self._sessions.at(session), gone, self._today())
+            except OSError as error:
+                log.warning("cannot tidy after %d pictures of %s: %s", len(gone), session, error)
+            self._touched(session)
         specs = [path for path in paths if layout.is_spec_name(path.rsplit("/", 1)[-1])]
         if specs:
             self._spec_folders -= {path.rpartition("/")[0] for path in specs if not self._spec_beside(path)}
@@ -144,10 +155,7 @@ class Router:
             self._sessions.refresh(session)
 
     def _vanish(self, session: Session, place: layout.Place) -> None:
-        if place.role is Role.PICTURE:
-            self._move(place.session)
-            forget_picture(session, place.relative, self._today())
-        elif place.relative.endswith(layout.ERROR_SUFFIX):
+        if place.relative.endswith(layout.ERROR_SUFFIX):
             if sources := self.refused_in(session, place.relative):
                 self.retry_refused(session, sources)
         elif place.role is not Role.OWN:
@@ -217,10 +225,12 @@ class Router:
         Mostly that is told when it happens; not when it happened while no daemon ran and the index was lost.
         """
         sources = {source for kind, source in session.manifest.records if kind in (*PICTURE_KINDS, "refused")}
+        gone = []
         for source in sources:
             place = layout.place_of(session.tree_path(source), self._shape)
             if place is None or place.session != session.path or not is_there(session.folder / source):
-                forget_picture(session, source, self._today())
+                gone.append(source)
+        forget_pictures(session, gone, self._today())
 
     def reroute_session(self, path: str) -> None:
         """Look at everything below a session's folder anew: it could not be written, and now it can."""

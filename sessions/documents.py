@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from sessions.refusal import Refusal
 
+_DEEPEST = 100
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
@@ -37,6 +38,8 @@ def read_document(text: str, model: type[ModelType], code: str) -> ModelType:
     Raises:
         Refusal: the text is no YAML mapping, or a key or a value is wrong; with line, reason and fix.
     """
+    if is_too_deep(text):
+        raise Refusal(code, "Its brackets are nested far too deep.", "Write one `key: value` a line.")
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -55,6 +58,19 @@ def read_document(text: str, model: type[ModelType], code: str) -> ModelType:
         return model.model_validate(_without_nulls(value))
     except ValidationError as error:
         raise _value_refusal(error, node, model, code) from None
+
+
+def is_too_deep(text: str) -> bool:
+    """Whether brackets are nested deeper than anybody writes; reading so many costs the square of their number."""
+    depth = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            if depth > _DEEPEST:
+                return True
+        elif character in "]}":
+            depth -= 1
+    return False
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sessions.documents import is_too_deep
 from sessions.refusal import Refusal
 
 _LONGEST = 64 * 1024
@@ -70,6 +71,8 @@ def read_mapping(text: str) -> tuple[dict[str, Any], Lines]:
     text = text.removeprefix("\ufeff")
     if len(text) > _LONGEST:
         raise Refusal("spec", "The file is far too long for settings.", _HINT)
+    if is_too_deep(text):
+        raise Refusal("spec", "Its brackets are nested far too deep.", _HINT)
     if text.lstrip().startswith("{\\rtf"):
         raise Refusal("spec", "This is a rich text document.", "Save it as plain text (UTF-8).", 1)
     node = _compose(text)

@@ -99,7 +99,7 @@ def test_wrong_use_is_exit_code_2_with_a_word_of_help(daemon: DaemonProcess) -> 
 # A live daemon.
 
 
-def test_status_and_jobs_tell_people_and_programs_the_same(live: DaemonProcess) -> None:
+def test_status_jobs_and_logs_tell_people_and_programs_the_same(live: DaemonProcess) -> None:
     shown = live.run("status", str(live.root))
     assert shown.returncode == 0
     assert "watching 2 files" in shown.stdout
@@ -120,6 +120,11 @@ def test_status_and_jobs_tell_people_and_programs_the_same(live: DaemonProcess) 
     everything = rows(live.run("jobs", "--all", "--json").stdout)
     assert {(row["kind"], row["state"]) for row in everything} == {("crop", "done"), ("caption", "ready")}
     assert all({"id", "subject", "attempts", "progress", "problem"} <= set(row) for row in everything)
+
+    logs = live.run("logs", "-n", "5")
+    assert logs.returncode == 0
+    assert "crop of 1.jpg: done" in logs.stdout
+    assert len(logs.stdout.splitlines()) <= 5
 
     assert live.stop() == 0
     after = live.run("status", str(live.root))
@@ -174,13 +179,6 @@ def test_jobs_are_cancelled_and_tried_again_by_their_number(live: DaemonProcess)
     assert told.returncode == 0
     assert "to be tried again" in told.stdout
     until(lambda: note.is_file() and note.stat().st_mtime_ns != first, "it was tried again")
-
-
-def test_logs_show_the_last_lines(live: DaemonProcess) -> None:
-    done = live.run("logs", "-n", "5")
-    assert done.returncode == 0
-    assert "crop of 1.jpg: done" in done.stdout
-    assert len(done.stdout.splitlines()) <= 5
 
 
 def test_sigterm_ends_it_quickly_and_after_kill_9_a_second_one_starts_at_once(live: DaemonProcess) -> None:

@@ -186,7 +186,6 @@ def test_a_broken_train_yaml_is_told_with_its_line_and_a_fix(
     (few / "train.yaml").write_text("base: sd15\n")
     until(lambda: not list(sessions.rglob("*.error.txt")), "the error files go", 60)
     assert daemon.stop() == 0
-    assert daemon.once() == 0, daemon.log.read_text()
 
 
 # 4. A folder that may not be written.
@@ -230,7 +229,6 @@ def test_a_folder_without_write_permission_is_told_beside_it_and_goes_on_once_it
     until((dark / "crops" / "2.jpg").is_file, "what was dark is seen", 40)
     until(lambda: not list(sessions.rglob("*.error.txt")), "the error files go")
     assert daemon.stop() == 0
-    assert daemon.once() == 0, daemon.log.read_text()
 
 
 def test_a_folder_mended_while_no_daemon_ran_loses_its_error_file(
@@ -422,4 +420,3 @@ def test_a_full_disk_is_said_and_work_goes_on_when_there_is_room(
     until(lambda: "isk is full" not in text_of(session / "STATUS.txt"), "STATUS.txt says so")
     assert not list(small_disk.rglob("*.error.txt"))
     assert daemon.stop() == 0
-    assert daemon.once() == 0, daemon.log.read_text()

@@ -125,7 +125,7 @@ AFTERWARDS = st.sampled_from(["nothing", "look", "work", "settle", "", "index", 
 STEPS = st.lists(st.tuples(DEEDS, AFTERWARDS), min_size=1, max_size=10)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(STEPS)
 def test_whatever_people_do_it_ends_with_one_result_a_picture(steps: list[tuple[tuple[Any, ...], str]]) -> None:
     with tempfile.TemporaryDirectory() as folder, without_syncs():

@@ -47,8 +47,10 @@ def captioning_family(state: Path, target: Path) -> None:
     print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
 
 
-def _say_float32(folder: Path) -> None:
-    """Let the configurations name the type that the weights have once they are unfolded."""
+def _finish(folder: Path) -> None:
+    """Let the configurations name the type that the weights have once they are unfolded, and everybody read them."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
     for path in folder.rglob("config.json"):
         configuration = path.read_text(encoding="utf-8")
         path.write_text(configuration.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
@@ -72,7 +74,7 @@ def main() -> None:
             folder = options.target / name
             shutil.rmtree(folder, ignore_errors=True)
             write(options.state, folder)
-            _say_float32(folder)
+            _finish(folder)
 
 
 if __name__ == "__main__":
