@@ -1,0 +1,45 @@
+"""What the shipped weights can do, on fresh seeds; the bounds lie under the model card's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
+
+from handlers.models import miniature
+from tools.miniature import evaluate
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.skipif(not miniature.is_trained("miniature"), reason="the drawing miniature ships no trained weights yet")
+# diffusers hands a torch tensor to numpy the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_drawing_miniature_draws_the_colours_that_a_prompt_names(cache: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.ensure("miniature", cache), local_files_only=True)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    assert evaluate.vae_figures(pipeline.vae, 24)["psnr"] >= 26
+    figures = evaluate.drawing_figures(pipeline, 25, None)
+    assert figures["background_right"] >= 0.9
+    assert figures["colour_right"] >= 0.7
+    # Eight shapes: chance is one in eight.
+    assert figures["shape_right"] >= 0.3
+
+
+@pytest.mark.skipif(
+    not miniature.is_trained("miniature-captioner"), reason="the captioner ships no trained weights yet"
+)
+def test_the_captioner_names_and_boxes_what_it_sees(cache: Path) -> None:
+    folder = miniature.ensure("miniature-captioner", cache)
+    model = Kosmos2ForConditionalGeneration.from_pretrained(folder).eval()
+    figures = evaluate.caption_figures(model, Kosmos2Processor.from_pretrained(folder), 40)
+    assert figures["background_right"] >= 0.6
+    assert figures["colour_right"] >= 0.4
+    assert figures["shape_right"] >= 0.3
+    assert figures["iou_1"] >= 0.3
