@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 _SECONDS_WITH_EVENTS = 2.0
 _SECONDS_WITHOUT_EVENTS = 30.0
 _AT_REST = ("idle", "done")
+# Telling takes a tenth of the time at most.
+_SHARE = 10.0
 _FAILED: tuple[JobState, ...] = ("failed",)
 _OPEN_STATES: tuple[JobState, ...] = ("ready", "running", "waiting", "failed")
 
@@ -79,16 +82,22 @@ class Reporter:
                 # While jobs run, their progress is news of its own.
                 await asyncio.wait_for(self.news.wait(), self._pause() if running else None)
             self.news.clear()
+            began = time.monotonic()
             try:
                 await self.write()
             except OSError as error:
                 log.warning("the status cannot be written: %s", error)
-            await asyncio.sleep(self._pause())
+            # With ten thousands of jobs to count, telling of them must not become the work.
+            await asyncio.sleep(max(self._pause(), _SHARE * (time.monotonic() - began)))
 
     def _pause(self) -> float:
         # Whether events come is not known before the first scan is over; and what it found should soon be told.
         is_seldom = self._daemon.tree.state is TreeState.WATCHING and not self._daemon.has_events
         return _SECONDS_WITHOUT_EVENTS if is_seldom else _SECONDS_WITH_EVENTS
+
+    def unfinished(self) -> list[str]:
+        """Folders of the sessions in which something is under way or waits, as was told last."""
+        return [path for path, told in self._told.items() if not str(told["state"]).startswith(_AT_REST)]
 
     async def write(self) -> None:
         """Write STATUS.txt of every session with news or running jobs, and the snapshot.

@@ -47,10 +47,9 @@ class Schedule:
         self._scheduler.shutdown(wait=False)
 
     async def _keep_fresh(self) -> None:
-        """STATUS.txt of what is under way must not grow stale."""
-        for entry in self._daemon.dispatcher.running:
-            with suppress(LookupError, OSError):
-                self._daemon.reporter.outcome(self._daemon.sessions.by_id(entry.job.session).path)
+        """STATUS.txt of what is under way or waits must not grow stale."""
+        for path in self._daemon.reporter.unfinished():
+            self._daemon.reporter.outcome(path)
         self._daemon.sessions.release()
         give_memory_back()
 

@@ -147,9 +147,11 @@ class TreeLock:
         try:
             self._take(self._state.folder / "lock")
             with suppress(OSError):
-                in_tree = self._state.root / PRIVATE / "lock"
-                in_tree.parent.mkdir(exist_ok=True)
-                self._take(in_tree)
+                # An empty root may be a mount point whose mount is missing: nothing may be left in it.
+                if any(self._state.root.iterdir()):
+                    in_tree = self._state.root / PRIVATE / "lock"
+                    in_tree.parent.mkdir(exist_ok=True)
+                    self._take(in_tree)
         except TreeIsHeld:
             self._give_back()
             raise

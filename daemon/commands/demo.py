@@ -16,6 +16,7 @@ from daemon.cli import DONE, FAILED
 from daemon.commands.roots import complain
 from daemon.commands.up import run_tree
 from daemon.config import load_settings
+from daemon.devices import worker_environment
 from daemon.state import State, cache_home
 from handlers.models import miniature
 from sessions import layout
@@ -83,6 +84,7 @@ def demo(arguments: argparse.Namespace) -> int:
 def _helper(*arguments: str) -> dict[str, Any] | None:
     done = subprocess.run(
         [sys.executable, "-m", "handlers.models.miniature.demo", *arguments],
+        env=worker_environment(os.environ),
         capture_output=True,
         text=True,
         check=False,

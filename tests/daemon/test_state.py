@@ -136,6 +136,7 @@ def test_a_refused_lock_leaves_the_holders_alone(tmp_path: Path) -> None:
 
 
 def test_a_second_daemon_with_another_state_folder_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "Sessions").mkdir(parents=True)
     process = holder(tmp_path, "elsewhere")
     try:
         with pytest.raises(TreeIsHeld, match=str(process.pid)), TreeLock(state_of(tmp_path)):
@@ -144,6 +145,11 @@ def test_a_second_daemon_with_another_state_folder_is_found_out(tmp_path: Path) 
         end(process)
     with TreeLock(state_of(tmp_path)):
         pass
+
+
+def test_nothing_is_left_in_a_root_that_may_be_an_unmounted_mount_point(tmp_path: Path) -> None:
+    with TreeLock(state_of(tmp_path)):
+        assert not list((tmp_path / "tree").iterdir())
 
 
 @pytest.mark.parametrize("length", [20, 60, 80, 120, 200])
