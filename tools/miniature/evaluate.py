@@ -107,6 +107,7 @@ def caption_figures(
             number = start + offset
             scene, boxes = drawn.scenes[number], drawn.boxes[number]
             caption, entities = processor.post_process_generation(raw)
+            caption = caption.replace(" ,", ",")  # the tokenizer sets a space before what follows a tag
             words["whole caption"].append(caption == world.caption(scene))
             words["count"].append(len(entities) == len(boxes))
             words["background"].append(caption.endswith(f"on {world.background_phrase(scene)}."))
@@ -114,6 +115,9 @@ def caption_figures(
                 phrase, _span, found = entities[index] if index < len(entities) else ("", None, [])
                 words["colour"].append(thing.colour in phrase.split())
                 words["shape"].append(thing.shape in phrase.split())
+                if len(boxes) == 1:
+                    words["colour of one"].append(words["colour"][-1])
+                    words["shape of one"].append(words["shape"][-1])
                 overlaps[len(boxes)].append(judge.box_overlap(found[0], box) if found else 0.0)
     rates = {f"{what}_right": sum(rows) / len(rows) for what, rows in words.items()}
     return rates | {f"iou_{things}": float(np.mean(rows)) for things, rows in sorted(overlaps.items())}
