@@ -42,7 +42,8 @@ def _decode(raw: bytes, dtype: str) -> NDArray[Any]:
 
 
 def _encode(values: NDArray[Any], dtype: str) -> bytes:
-    with np.errstate(over="ignore"):
+    # Signalling NaNs and numbers that are too large are looked for by the caller.
+    with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "BF16":
             return values.astype(_NUMPY[dtype]).tobytes()
         bits = values.astype("<f4").view("<u4")

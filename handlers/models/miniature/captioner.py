@@ -23,7 +23,7 @@ def processor() -> Kosmos2Processor:
     side = {"height": RESOLUTION, "width": RESOLUTION}
     # `use_square_size` would set 224 whatever `size` says, so the square is spelt out.
     image_processor = CLIPImageProcessorPil(size=side, crop_size=side, default_to_square=True)
-    # 4 special and 1098 other pieces; the processor adds 11 tags and 1024 patch indices.
+    # The processor adds 11 tags and 1024 patch indices.
     tokenizer = XLMRobertaTokenizer(vocab=vocabulary.kosmos_vocabulary(), mask_token=None, model_max_length=512)
     return Kosmos2Processor(image_processor, tokenizer, PATCH_INDEX_TOKENS)
 
