@@ -31,7 +31,9 @@ def cast(raw: bytes, source: str, target: str) -> bytes:
     encoded = _encode(values, target)
     again = _decode(encoded, target)
     if not np.array_equal(np.isfinite(again), np.isfinite(values)):
-        raise ValueError(f"a value of {float(np.nanmax(np.abs(values))):g} does not fit into {target}")
+        # Not nanmax: a signalling NaN beside a number makes it NaN.
+        largest = float(np.abs(values[np.isfinite(values)]).max())
+        raise ValueError(f"a value of {largest:g} does not fit into {target}")
     return encoded
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
@@ -405,6 +405,7 @@ _NUMBERS = st.binary(min_size=4, max_size=64).map(lambda raw: raw[: len(raw) // 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+@example(b"\x00H\x81\x7f", "BF16", "F16")  # 131072 beside a signalling NaN
 @given(_NUMBERS, st.sampled_from(sorted(_TORCH)), st.sampled_from(sorted(_TORCH)))
 def test_casts_are_torch_casts(raw: bytes, source: str, target: str) -> None:
     values = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(_TORCH[source])
