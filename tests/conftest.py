@@ -5,8 +5,13 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.daemon_process import DaemonProcess
+
+# Timings never decide a test: how long an example takes depends on what else the machine does.
+settings.register_profile("fastsd", deadline=None)
+settings.load_profile("fastsd")
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 

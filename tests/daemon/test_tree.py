@@ -663,10 +663,8 @@ def test_an_idle_watcher_sleeps(root: Path, database: Path) -> None:
                 return await real()
 
             watched.tree._round = counted  # type: ignore[method-assign]
-            began = time.process_time()
             await asyncio.sleep(1.0)
             assert rounds <= 1
-            assert time.process_time() - began < 0.05
 
     asyncio.run(check())
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -200,6 +199,6 @@ def test_renamed_while_it_trains_and_stopped(cache: Path, tmp_path: Path, undist
     assert not session.exists()
     assert not moved.exists()
     # Asked again for a run that is finished, nothing is trained.
-    began = time.monotonic()
+    heard = len(steps)
     assert TrainHandler().run(context).facts == result.facts
-    assert time.monotonic() - began < 1
+    assert len(steps) == heard
