@@ -51,6 +51,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Fsync every file and folder below (and with) a folder, before it is renamed as a whole."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with (Path(parent) / name).open("rb") as file:
+                _sync_descriptor(file.fileno())
+        sync_folder(Path(parent))
+
+
 def _sync_descriptor(descriptor: int) -> None:
     try:
         os.fsync(descriptor)

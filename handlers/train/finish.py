@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def write_finished(place: Place, run: str, pipeline: Any, *, unet: Any, text_enc
         try:
             whole.save_pretrained(temporary, safe_serialization=True)
             _forget_paths(temporary)
-            _sync_tree(temporary)
+            files.sync_tree(temporary)
             if final.exists():
                 shutil.rmtree(final)
             files.publish(temporary, final)
@@ -76,11 +75,3 @@ def _forget_paths(folder: Path) -> None:
         if isinstance(value, dict) and "_name_or_path" in value:
             del value["_name_or_path"]
             files.write_json(path, value)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with (Path(parent) / name).open("rb") as file:
-                files.sync_file(file)
-        files.sync_folder(Path(parent))

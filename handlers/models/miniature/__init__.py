@@ -5,7 +5,6 @@ Light to import: numpy is loaded when shipped weights are unfolded, torch only w
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def ensure(name: str, cache: Path) -> Path:
     try:
         _build(name, temporary)
         (temporary / _READY).write_text(f"{VERSION}\n")
-        _sync_tree(temporary)
+        files.sync_tree(temporary)
         _publish(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,14 +82,6 @@ def _build(name: str, target: Path) -> None:
         from handlers.models.miniature import drawing
 
         drawing.build(target)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _folders, names in os.walk(folder):
-        for name in names:
-            with (Path(parent) / name).open("rb") as file:
-                files.sync_file(file)
-        files.sync_folder(Path(parent))
 
 
 def _publish(temporary: Path, final: Path) -> None:
