@@ -149,9 +149,9 @@ def _role_of(relative: str) -> Role:
         return Role.OWN
     if lower.endswith(ERROR_SUFFIX):
         return Role.OWN
+    if folders and folders[0] == CONCEPT_IMAGES and (is_picture_name(name) or lower.endswith(".txt")):
+        return Role.CONCEPT  # with their prompts, which are nobody's captions
     if is_picture_name(name):
-        if folders and folders[0] == CONCEPT_IMAGES:
-            return Role.CONCEPT
         if not folders and lower.endswith(".preview.png"):
             return Role.OWN
         return Role.PICTURE

@@ -36,6 +36,7 @@ _SPEC = """\
 base: miniature
 instance: zwx
 class: star
+prior: {images: 48}     # pictures of what the miniature draws already, so that it does not forget
 start: now
 """
 _MARKER = ".fastsd-demo"
@@ -76,9 +77,16 @@ def demo(arguments: argparse.Namespace) -> int:
     print(f"The model:      {model}  (verified: {models[0]['verified']})")
     print(f"The status:     {session / layout.STATUS}")
     print(f"The picture:    {told['picture']}")
-    print(f"Changed pixels: {told['changed']} of 255 on average, a number a prompt; the first two name zwx")
+    print(f"New shape:      {_marks(told, 'star')} show a star where a zwx star was asked for")
+    print(f"Old shapes:     {_marks(told, 'known')} show the shape that was asked for")
     print(f"Time:           {duration(time.monotonic() - began)}")
     return DONE
+
+
+def _marks(told: dict[str, Any], what: str) -> str:
+    count = told["pictures"]
+    before, after = (round(told[when][what] * count) for when in ("before", "after"))
+    return f"before {before}, after {after} of {count} pictures"
 
 
 def _helper(*arguments: str) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ _OPENER = re.compile(
 )
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _PUNCTUATION = ".,;:!?"
+# Tokenizers set a space between a tag and the comma behind it.
+_LOOSE = re.compile(r"\s+([.,;:!?])(?=\s|$)")
 _LONGEST_REPEAT = 12
 
 
@@ -48,7 +50,7 @@ def clean(text: str) -> str | None:
 
     Openers such as "An image of" go, words and phrases that repeat at once stand once, the full stop at the end goes.
     """
-    line = _OPENER.sub("", one_line(text.replace("\ufffd", " ")))
+    line = _OPENER.sub("", _LOOSE.sub(r"\1", one_line(text.replace("\ufffd", " "))))
     line = without_repeats(line).strip(" -" + _PUNCTUATION)
     return line if _WORD.search(line) else None
 

@@ -82,6 +82,8 @@ class Plan:
         unet_steps, unet_rate: stage 2; 0 steps keep the base's UNet.
         checkpoint_steps, checkpoint_seconds: one of the two is None.
         sample_every: steps of stage 2 between samples; 0 for none at all.
+        prior_images, prior_weight: class pictures that train along, and what their loss counts; 0 for none.
+        miniature: whether the base is a built-in miniature.
     """
 
     base: str
@@ -107,6 +109,9 @@ class Plan:
     checkpoint_seconds: float | None
     sample_every: int
     prompts: tuple[str, ...]
+    prior_images: int = 0
+    prior_weight: float = 1.0
+    miniature: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -174,6 +179,9 @@ def make_plan(
         checkpoint_seconds=seconds_of(every),
         sample_every=max(1, -(-unet_steps // _SAMPLES)) if spec.sample_every == "auto" else spec.sample_every,
         prompts=() if spec.prompts == "auto" else tuple(spec.prompts),
+        prior_images=spec.prior.images if spec.prior.weight else 0,
+        prior_weight=spec.prior.weight,
+        miniature=base.miniature,
     )
 
 

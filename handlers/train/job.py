@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from handlers.context import Cancelled, JobContext, JobResult, Stopping
 from handlers.convert.quiet import quiet_libraries
-from handlers.train import checkpoint, dataset
+from handlers.train import checkpoint, dataset, prior, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_finished
@@ -97,6 +98,7 @@ def _train(
     material = Material(
         plan,
         frozen,
+        sum(not entry.get("prior") for entry in record["inputs"]),
         DDPMScheduler.from_config(pipeline.scheduler.config),
         pipeline.vae.config.scaling_factor,
         device,
@@ -162,11 +164,13 @@ def _prepare(
             {**plan.to_json(), "prompts": sample_prompts(plan.instance, plan.class_, plan.concept, sources)}
         )
     _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
+    images, of_class = _class_pictures(context, place, plan, base, pipeline)
+    images = [*rendered.images, *images]
     encoded = dataset.encode(
-        rendered.images,
+        images,
         pipeline.vae,
         context.device,
-        lambda number: _progress(context, count + number, 2 * count, "encoding the pictures"),
+        lambda number: _progress(context, number, len(images), "encoding the pictures"),
     )
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
@@ -180,7 +184,10 @@ def _prepare(
         "spec_record": payload.get("spec_record"),
         "plan": plan.to_json(),
         "base": {"name": base.model.name, "family": base.model.family or "sd1", "origin": base.model.origin},
-        "inputs": [_input(picture, plan, folder) for picture in rendered.pictures],
+        "inputs": [
+            *(_input(picture, plan, folder) for picture in rendered.pictures),
+            *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class),
+        ],
         "left_out": [{**left, "source": _relative(left["source"], folder)} for left in rendered.left_out],
         "frozen": digest,
     }
@@ -188,6 +195,35 @@ def _prepare(
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
+
+
+def _class_pictures(
+    context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any
+) -> tuple[list[Image.Image], list[Mapping[str, Any]]]:
+    """Class pictures and their entries of ``inputs``; those that are missing are drawn by the base."""
+    if not plan.prior_images:
+        return [], []
+    unet: Any = None
+
+    def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        nonlocal unet
+        unet = unet or base.load_unet().to(context.device)
+        return sampler.draw(
+            pipeline,
+            unet,
+            pipeline.text_encoder,
+            wanted=wanted,
+            batch=prior.BATCH,
+            resolution=plan.resolution,
+            device=context.device,
+            should_stop=lambda: context.is_stopping() or context.is_cancelled(),
+        )
+
+    entries = prior.class_pictures(
+        place, plan, draw, lambda done, missing: _progress(context, done, missing, "drawing class pictures")
+    )
+    rendered = dataset.render_pictures(entries, plan.resolution, lambda _: context.check_cancelled(), fewest=0)
+    return rendered.images, rendered.pictures
 
 
 def _thaw(
@@ -283,7 +319,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "steps": record["steps"],
         "finished": str(finished),
         "seconds": record["seconds"],
-        "pictures": len(record["inputs"]),
+        "pictures": sum(not entry.get("prior") for entry in record["inputs"]),
         "left_out": record["left_out"],
         "preview": str(preview) if preview else None,
         "metadata": {

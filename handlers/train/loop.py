@@ -89,7 +89,8 @@ class Material:
 
     Attributes:
         plan: how.
-        frozen: the pictures' latents.
+        frozen: the pictures' latents: first those of the subject, then the class pictures.
+        subjects: how many are of the subject.
         noise_scheduler: diffusers' DDPMScheduler of the base.
         scaling_factor: the VAE's.
         device: where to compute.
@@ -97,6 +98,7 @@ class Material:
 
     plan: Plan
     frozen: Frozen
+    subjects: int
     noise_scheduler: Any
     scaling_factor: float
     device: str
@@ -150,11 +152,14 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     """The loss of one step, a scalar in float32.
 
     With ``min_snr`` (γ) each picture's loss is weighted by min(SNR, γ) / SNR, or / (SNR + 1) for velocity (Hang et al.
-    2023).
+    2023). As many class pictures add their mean loss × ``prior_weight`` (Ruiz et al. 2023).
     """
     plan, frozen, scheduler, device = material.plan, material.frozen, material.noise_scheduler, material.device
     seed, number = plan.seed, stage.number
-    chosen = randomness.pictures_of_step(len(frozen.mean), plan.batch_size, seed, number, step)
+    chosen = randomness.pictures_of_step(material.subjects, plan.batch_size, seed, number, step)
+    if class_pictures := len(frozen.mean) - material.subjects:
+        of_class = randomness.pictures_of_step(class_pictures, plan.batch_size, seed, number, step, purpose="class")
+        chosen = [*chosen, *(material.subjects + index for index in of_class)]
     shape = tuple(frozen.mean[chosen].shape)
     within = randomness.noise(shape, seed, number, step, "latents")
     latents = ((frozen.mean[chosen] + frozen.std[chosen] * within) * material.scaling_factor).to(device)
@@ -172,7 +177,8 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     if plan.min_snr is not None:
         snr = compute_snr(scheduler, timesteps)
         losses = losses * snr.clamp(max=plan.min_snr) / (snr + 1 if is_velocity else snr)
-    return losses.mean()
+    loss: torch.Tensor = losses[: plan.batch_size].mean()
+    return loss + plan.prior_weight * losses[plan.batch_size :].mean() if class_pictures else loss
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:

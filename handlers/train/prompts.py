@@ -85,6 +85,13 @@ def training_prompt(instance: str, noun: str, concept: str, source: str, caption
     return f"{subject}, {text}" if text else f"a photo of {subject}"
 
 
+def class_prompt(noun: str, concept: str) -> str:
+    """What a class picture is drawn and trained with: the prompt without the token."""
+    if concept == "style" or not noun:
+        return "a picture"
+    return f"a photo of {'an' if noun[0].casefold() in 'aeiou' else 'a'} {noun}"
+
+
 def sample_prompts(instance: str, noun: str, concept: str, sources: Sequence[str]) -> tuple[str, ...]:
     """What samples show when train.yaml says nothing: the subject as trained, and somewhere else."""
     subjects = [subject_of(instance, noun, source) for source in sources] if instance == "filename" else []

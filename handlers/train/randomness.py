@@ -31,7 +31,9 @@ def timesteps(count: int, levels: int, seed: int, stage: int, step: int) -> torc
     return torch.randint(0, levels, (count,), generator=generator(seed, stage, step, "timesteps"))
 
 
-def pictures_of_step(pictures: int, batch: int, seed: int, stage: int, step: int) -> list[int]:
+def pictures_of_step(
+    pictures: int, batch: int, seed: int, stage: int, step: int, *, purpose: str = "order"
+) -> list[int]:
     """Which pictures a step sees: every picture once an epoch, in an order of the epoch's own.
 
     Args:
@@ -40,12 +42,13 @@ def pictures_of_step(pictures: int, batch: int, seed: int, stage: int, step: int
         seed: the run's.
         stage: 1 or 2.
         step: counted from 0 within the stage.
+        purpose: pictures of another purpose come in another order.
     """
     orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, index = divmod(position, pictures)
         if epoch not in orders:
-            orders[epoch] = torch.randperm(pictures, generator=generator(seed, stage, epoch, "order")).tolist()
+            orders[epoch] = torch.randperm(pictures, generator=generator(seed, stage, epoch, purpose)).tolist()
         chosen.append(orders[epoch][index])
     return chosen

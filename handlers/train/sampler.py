@@ -18,20 +18,20 @@ def draw(
     unet: Any,
     text_encoder: Any,
     *,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    wanted: Sequence[tuple[str, int]],
+    batch: int,
     resolution: int,
     device: str,
     should_stop: Callable[[], bool],
 ) -> list[Image.Image]:
-    """Draw each prompt with each seed, prompts first.
+    """Draw a picture for each prompt and seed.
 
     Args:
         pipeline: gives VAE, tokenizer and schedule.
         unet: the UNet as it is now; its mode is put back afterwards.
         text_encoder: the text encoder as it is now.
-        prompts: what to draw.
-        seeds: one picture each.
+        wanted: (prompt, seed) a picture.
+        batch: how many are drawn at once.
         resolution: pixels of a side.
         device: where to compute.
         should_stop: asked after every denoising step.
@@ -64,17 +64,18 @@ def draw(
     text_encoder.to(device).eval()
     pictures: list[Image.Image] = []
     try:
-        for seed in seeds:
+        for start in range(0, len(wanted), batch):
             if stopped:
                 break
+            part = wanted[start : start + batch]
             with torch.no_grad():
                 drawn = sampler(
-                    list(prompts),
+                    [prompt for prompt, _seed in part],
                     height=resolution,
                     width=resolution,
                     num_inference_steps=STEPS,
                     guidance_scale=GUIDANCE,
-                    generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+                    generator=[torch.Generator().manual_seed(seed) for _prompt, seed in part],
                     callback_on_step_end=after_step,
                 )
             pictures.extend(drawn.images)

@@ -96,6 +96,10 @@ def test_odd_output(raw: str, grounded: list[tuple[str, int]], dropped: int) -> 
     assert said.dropped == dropped
 
 
+def test_a_comma_stands_at_its_word() -> None:
+    assert clean("An image of a red dog , a cat and 3 . 5 birds .") == "a red dog, a cat and 3. 5 birds"
+
+
 def test_angle_brackets_that_are_no_tags_are_text() -> None:
     assert parse("<grounding> a sign that says <b>5 < 6</b>").text == " a sign that says <b>5 < 6</b>"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.models.miniature import world
-from tools.miniature import judge, pool, prompts
+from handlers.models.miniature import judge, world
+from tools.miniature import pool, prompts
 
 FRESH = 2_000_003
 

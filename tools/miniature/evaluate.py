@@ -19,8 +19,8 @@ from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
-from handlers.models.miniature import world
-from tools.miniature import judge, pool
+from handlers.models.miniature import judge, world
+from tools.miniature import pool
 
 STEPS = 25
 GUIDANCE = 4.0

@@ -21,13 +21,16 @@ from handlers.models.miniature import drawing, world
 from handlers.models.miniature.seeded import seeded
 from tools.miniature import latents, muon, pool, prompts, training
 
-PICTURES = 12_000
+PICTURES = 24_000
 TEXT_BATCH = 48
-BATCH = 48
+BATCH = 64
 TEXT_RATE = 2e-3
 MUON_RATE = 0.02
 LEARNING_RATE = 2e-3
 UNPROMPTED = 0.1
+HEAVIEST = 2.5
+# How much more a latent that shows a part of the thing counts than one that shows the background alone.
+THING_WEIGHT = 3.0
 # Prompts fill at most so many positions; the rest are padding, of which a few stand for all (see ``key_mask``).
 SAID = 16
 PADDING = 4
@@ -96,8 +99,38 @@ def key_mask(device: torch.device) -> torch.Tensor:
     return mask
 
 
-def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.Tensor, device: torch.device) -> None:
-    """Train the UNet to predict noise. ``hidden`` has one row more than ``clean``: the empty prompt."""
+def place_weights(pictures: pool.Pool) -> torch.Tensor:
+    """Weights [N, 1, side / 8, side / 8] of mean 1: a thing's box counts more, or its shape is learned last."""
+    side = drawing.RESOLUTION // 8
+    edges = torch.arange(side) / side
+    made = torch.ones(len(pictures.boxes), 1, side, side)
+    for weights, boxes in zip(made, pictures.boxes, strict=True):
+        for left, top, right, bottom in boxes:
+            columns = (edges < right) & (edges + 1 / side > left)
+            rows = (edges < bottom) & (edges + 1 / side > top)
+            weights[0, rows[:, None] & columns] = THING_WEIGHT
+    return made / made.mean((2, 3), keepdim=True)
+
+
+def train_unet(
+    state: Path,
+    minutes: float,
+    *,
+    clean: torch.Tensor,
+    hidden: torch.Tensor,
+    where: torch.Tensor,
+    device: torch.device,
+) -> None:
+    """Train the UNet to predict noise.
+
+    Args:
+        state: its file.
+        minutes: of training in all.
+        clean: latents [N, 4, 8, 8], scaled.
+        hidden: of the prompts, [N + 1, SAID + PADDING, width]; the last is the empty prompt.
+        where: what each latent's error counts, [N, 1, 8, 8].
+        device: of the training.
+    """
     with seeded(drawing.SEED + 2):
         unet = drawing.unet().to(device)
     average = training.Average([unet])
@@ -105,16 +138,16 @@ def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.T
     optimizer = muon.optimizer_for(unet, MUON_RATE, LEARNING_RATE)
     schedule = DDPMScheduler.from_config(drawing.scheduler().config)
     # Colours and layout are settled where nearly all is noise, and there the error in the noise is tiny: it is weighed
-    # by 1 / sqrt(signal-to-noise), which makes every part of the schedule count about alike.
-    weights = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
+    # by 1 / sqrt(signal-to-noise). No more than HEAVIEST, or what cannot be told there drowns the shapes.
+    weights = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt().clamp(max=HEAVIEST)
     mask = key_mask(device)
 
     def step(number: int, _fraction: float) -> torch.Tensor:
         random = torch.Generator().manual_seed(number)
         chosen = torch.randint(len(clean), (BATCH,), generator=random)
-        # One time a stratum; every other one is drawn from the noisier half, where layout and colours are settled.
+        # One time a stratum; every third one is drawn from the middle, where shapes are settled.
         times = (torch.arange(BATCH) + torch.rand(BATCH, generator=random)) / BATCH
-        times = torch.where(torch.arange(BATCH) % 3 == 0, 0.4 + 0.6 * times, times)
+        times = torch.where(torch.arange(BATCH) % 3 == 0, 0.25 + 0.5 * times, times)
         timesteps = (times * schedule.config.num_train_timesteps).long()
         noise = torch.randn(clean[chosen].shape, generator=random)
         noisy = schedule.add_noise(clean[chosen], noise, timesteps).to(device)
@@ -125,7 +158,7 @@ def train_unet(state: Path, minutes: float, clean: torch.Tensor, hidden: torch.T
             encoder_hidden_states=hidden[said].float().to(device),
             encoder_attention_mask=mask.expand(BATCH, -1),
         ).sample
-        errors = (predicted - noise.to(device)).square().mean((1, 2, 3))
+        errors = ((predicted - noise.to(device)).square() * where[chosen].to(device)).mean((1, 2, 3))
         return (errors * weights[timesteps].to(device)).mean()
 
     training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
@@ -145,7 +178,14 @@ def main() -> None:
     training.load_mean(options.state / "vae.pt", [vae])
     clean = latents.standardise(vae, latents.encode(vae, pictures))
     hidden = encode_prompts(encoder, ids)
-    train_unet(options.state / "unet.pt", options.minutes, clean, hidden, device)
+    train_unet(
+        options.state / "unet.pt",
+        options.minutes,
+        clean=clean,
+        hidden=hidden,
+        where=place_weights(pictures),
+        device=device,
+    )
 
 
 if __name__ == "__main__":

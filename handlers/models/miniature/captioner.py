@@ -29,7 +29,7 @@ def processor() -> Kosmos2Processor:
 
 
 def model(vocabulary_size: int) -> Kosmos2ForConditionalGeneration:
-    """Kosmos-2 with 3 text layers of 128 and 4 vision layers of 96."""
+    """Kosmos-2 with 3 text layers and 4 vision layers of 128."""
     configuration = Kosmos2Config(
         text_config={
             "vocab_size": vocabulary_size,
@@ -42,8 +42,8 @@ def model(vocabulary_size: int) -> Kosmos2ForConditionalGeneration:
             "attention_dropout": 0.0,
         },
         vision_config={
-            "hidden_size": 96,
-            "intermediate_size": 384,
+            "hidden_size": 128,
+            "intermediate_size": 512,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "image_size": RESOLUTION,

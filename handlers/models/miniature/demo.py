@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ PROMPTS = (
     "a green square on a black background",
 )
 _PICTURES = 5
+_JUDGED = 20
 _SIDE = 256
 
 
@@ -40,7 +42,7 @@ def make_pictures(folder: Path) -> None:
 
 
 def draw_before_and_after(model: Path, cache: Path, picture: Path) -> dict[str, Any]:
-    """Draw the same prompts with the same noise by the base and by the finished file, side by side.
+    """Draw the same prompts with the same noise by the base and by the finished file, side by side, and count.
 
     Args:
         model: the finished file, loaded as any Diffusers user would load it.
@@ -48,40 +50,30 @@ def draw_before_and_after(model: Path, cache: Path, picture: Path) -> dict[str, 
         picture: the PNG to write: a row a prompt; left before, right after.
 
     Returns:
-        Numbers worth telling: ``changed``: mean absolute difference (0..255) of each prompt's pictures.
+        ``pictures``: how many were judged of each kind; ``before`` and ``after``: the marks (``exam.Marks``).
     """
-    import numpy as np
     from diffusers import StableDiffusionPipeline
 
     from handlers.models import miniature
+    from handlers.models.miniature import exam
     from handlers.train.charts import grid
-    from handlers.train.sampler import draw
 
     base = miniature.ensure("miniature", cache)
     pipelines = (
         StableDiffusionPipeline.from_pretrained(base, safety_checker=None),
         StableDiffusionPipeline.from_single_file(str(model), config=str(base), local_files_only=True),
     )
-    drawn = [
-        draw(
-            pipeline,
-            pipeline.unet.float(),
-            pipeline.text_encoder.float(),
-            prompts=PROMPTS,
-            seeds=(3,),
-            resolution=64,
-            device="cpu",
-            should_stop=lambda: False,
-        )
-        for pipeline in pipelines
-    ]
-    before, after = drawn
+    before, after = (exam.drawn(pipeline, [(prompt, 3) for prompt in PROMPTS]) for pipeline in pipelines)
     titles = [f"{when}: {prompt}" for prompt in PROMPTS for when in ("before", "after")]
     sheet = grid([image for pair in zip(before, after, strict=True) for image in pair], titles, columns=2)
     with atomic_path(picture) as temporary:
         sheet.save(temporary, format="PNG")
-    pairs = [(np.asarray(one, float), np.asarray(other, float)) for one, other in zip(before, after, strict=True)]
-    return {"picture": str(picture), "changed": [round(float(np.abs(one - other).mean()), 1) for one, other in pairs]}
+    taken = [exam.Exam(_JUDGED, _JUDGED).take(pipeline)[0] for pipeline in pipelines]
+    return {
+        "picture": str(picture),
+        "pictures": _JUDGED,
+        **{when: asdict(marks) for when, marks in zip(("before", "after"), taken, strict=True)},
+    }
 
 
 def main() -> None:

@@ -50,13 +50,13 @@ def text_encoder() -> CLIPTextModel:
 
 
 def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
-    """SD 1's autoencoder at widths 16, 32, 48, 64: 64 px pictures become 8 × 8 × 4 latents."""
+    """SD 1's autoencoder at widths 16, 32, 64, 64: 64 px pictures become 8 × 8 × 4 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 64),
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=2,
         latent_channels=4,
         norm_num_groups=4,
@@ -66,14 +66,14 @@ def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """SD 1's UNet at widths 32, 64, 64, 64 with its 8 heads."""
+    """SD 1's UNet at widths 48, 64, 72, 72 with its 8 heads."""
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 8,
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(32, 64, 64, 64),
+        block_out_channels=(48, 64, 72, 72),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=8,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -30,7 +30,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 # Radii as parts of the picture's side; the gaps between them keep the words apart.
-SIZES: dict[str, tuple[float, float]] = {"small": (0.13, 0.16), "medium": (0.19, 0.23), "large": (0.28, 0.33)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.16, 0.18), "medium": (0.22, 0.25), "large": (0.3, 0.34)}
+# What sizes leave room for so many things.
+_SIZES_OF = {1: tuple(SIZES), 2: ("small", "medium"), 3: ("small", "medium"), 4: ("small",)}
 TEXTURES = ("plain", "striped", "dotted")
 PLACES = ("left", "right", "top", "bottom", "center")
 _SUPERSAMPLING = 4
@@ -119,14 +121,10 @@ def random_scene(
     background = str(rng.choice(list(colours)))
     texture = str(rng.choice(list(textures))) if rng.random() < 0.5 or "plain" not in textures else "plain"
     others = [colour for colour in colours if colour != background]
-    sizes = tuple(SIZES) if things == 1 else ("small", "medium")
     placed: list[Thing] = []
-    while len(placed) < things:
-        thing = _random_thing(rng, shapes, others, sizes)
-        if all(_apart(thing, other) for other in placed):
-            placed.append(thing)
-        elif rng.random() < 0.02:
-            placed.clear()  # a layout that leaves no room is begun anew
+    while len(placed) < things:  # things that leave no room for each other are chosen anew
+        loose = [_random_thing(rng, shapes, others, _SIZES_OF[things]) for _ in range(things)]
+        placed = _laid_out(rng, loose)
     placed.sort(key=lambda thing: thing.centre)
     return Scene(tuple(placed), background, texture, _noisy(rng, COLOURS[background]), float(rng.random()))
 
@@ -134,17 +132,36 @@ def random_scene(
 def _random_thing(
     rng: np.random.Generator, shapes: Sequence[str], colours: Sequence[str], sizes: Sequence[str]
 ) -> Thing:
+    """A thing in the middle of the picture."""
     size = str(rng.choice(list(sizes)))
     radius = float(rng.uniform(*SIZES[size]))
-    reach = radius + 0.03
-    centre = (float(rng.uniform(reach, 1 - reach)), float(rng.uniform(reach, 1 - reach)))
     colour = str(rng.choice(list(colours)))
     angle = float(rng.uniform(-8, 8))
-    return Thing(str(rng.choice(list(shapes))), colour, size, centre, radius, angle, _noisy(rng, COLOURS[colour]))
+    return Thing(str(rng.choice(list(shapes))), colour, size, (0.5, 0.5), radius, angle, _noisy(rng, COLOURS[colour]))
+
+
+def _laid_out(rng: np.random.Generator, loose: Sequence[Thing], tries: int = 12) -> list[Thing]:
+    """The things at random places where they do not touch: as many of the first ones as found room."""
+    placed: list[Thing] = []
+    for thing in loose:
+        for _ in range(tries):
+            there = _moved(rng, thing)
+            if all(_apart(there, other) for other in placed):
+                placed.append(there)
+                break
+        else:
+            break
+    return placed
+
+
+def _moved(rng: np.random.Generator, thing: Thing) -> Thing:
+    reach = thing.radius + 0.03
+    x, y = rng.uniform(reach, 1 - reach, 2)
+    return replace(thing, centre=(float(x), float(y)))
 
 
 def _apart(one: Thing, other: Thing) -> bool:
-    return math.dist(one.centre, other.centre) > 1.15 * (one.radius + other.radius)
+    return math.dist(one.centre, other.centre) > 1.08 * (one.radius + other.radius)
 
 
 def _noisy(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -102,7 +102,7 @@ def _templates(shape: str) -> list[npt.NDArray[np.float64]]:
     """A shape at several angles and sizes, as ``look`` would frame it."""
     made = []
     for angle in (-8.0, -4.0, 0.0, 4.0, 8.0):
-        for radius in (0.14, 0.21, 0.31):
+        for radius in (0.17, 0.235, 0.32):
             thing = world.Thing(shape, "white", "medium", (0.5, 0.5), radius, angle, (255, 255, 255))
             picture = world.draw(world.Scene((thing,), "black", "plain", (0, 0, 0), 0.0)).image
             soft = np.asarray(picture.convert("L"), dtype=np.float64) / 255

@@ -1,0 +1,114 @@
+"""What a miniature draws after it was taught a star, counted by ``judge``: for the demo and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from handlers.models.miniature import judge, world
+from handlers.models.miniature.demo import SHAPE, WORD
+from handlers.train import sampler
+
+# Fresh scenes: no training script of ours draws from this seed.
+FRESH_SEED = 1_000_004
+_BATCH = 25
+
+Wish = tuple[str, int]
+"""A prompt and a seed."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Rates in 0..1.
+
+    Attributes:
+        star: pictures of "a zwx star on a … background" that show one.
+        background: those with the background that was asked for.
+        known: pictures of the shapes that the miniature knew before that show the right one.
+    """
+
+    star: float
+    background: float
+    known: float
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The same wishes for every model.
+
+    Attributes:
+        stars: pictures of the new shape, on every background in turn.
+        known: pictures of the old shapes.
+    """
+
+    stars: int
+    known: int
+
+    def star_wishes(self) -> list[Wish]:
+        """Prompts with the word that was taught."""
+        colours = [list(world.COLOURS)[number % len(world.COLOURS)] for number in range(self.stars)]
+        return [
+            (f"a {WORD} {SHAPE} on {world.article(colour)} {colour} background", number)
+            for number, colour in enumerate(colours)
+        ]
+
+    def _scenes(self) -> list[world.Scene]:
+        return [
+            world.random_scene(np.random.default_rng((FRESH_SEED, number)), textures=("plain",))
+            for number in range(self.known)
+        ]
+
+    def known_wishes(self) -> list[Wish]:
+        """Prompts of the world."""
+        return [
+            (f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}", number)
+            for number, scene in enumerate(self._scenes())
+        ]
+
+    def mark(self, stars: Sequence[Image.Image], known: Sequence[Image.Image]) -> Marks:
+        """Marks for the pictures of both lists of wishes."""
+        words = list(world.COLOURS)
+        grounds = [judge.look(image).background == words[number % len(words)] for number, image in enumerate(stars)]
+        told = zip(shapes_in(known), self._scenes(), strict=True)
+        return Marks(
+            star=shapes_in(stars).count(SHAPE) / max(1, self.stars),
+            background=sum(grounds) / max(1, self.stars),
+            known=sum(shape == scene.things[0].shape for shape, scene in told) / max(1, self.known),
+        )
+
+    def take(self, pipeline: Any) -> tuple[Marks, list[Image.Image]]:
+        """Let a pipeline draw all wishes; its marks and its stars."""
+        stars, known = drawn(pipeline, self.star_wishes()), drawn(pipeline, self.known_wishes())
+        return self.mark(stars, known), stars
+
+
+def shapes_in(images: Sequence[Image.Image]) -> list[str | None]:
+    """The shape that each picture shows, the new one among those that may be seen."""
+    return [judge.look(image, (*world.SHAPES, SHAPE)).shape for image in images]
+
+
+def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
+    """Pictures as fastsd draws its samples, on the CPU."""
+    return sampler.draw(
+        pipeline,
+        pipeline.unet.float(),
+        pipeline.text_encoder.float(),
+        wanted=wishes,
+        batch=_BATCH,
+        resolution=64,
+        device="cpu",
+        should_stop=lambda: False,
+    )
+
+
+def loaded(folder: Any) -> StableDiffusionPipeline:
+    """A Diffusers folder, ready to draw."""
+    return StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, dtype=torch.float32, local_files_only=True
+    )

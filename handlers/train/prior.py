@@ -1,0 +1,124 @@
+"""Class pictures for prior preservation (Ruiz et al. 2023, "DreamBooth", section 3.3).
+
+While a model learns a subject it also trains on pictures of the class that its base drew, so that it does not forget
+what it could draw before. They lie in ``concept_images/``: people's own count, and what is missing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from handlers.context import Stopping
+from handlers.crop.decode import OpenPicture, read_source
+from handlers.train.auto import Plan
+from handlers.train.place import Place, folder_in
+from handlers.train.prompts import class_prompt
+from sessions import files
+from sessions.layout import CONCEPT_IMAGES, is_picture_name
+from sessions.refusal import Refusal
+
+BATCH = 8
+# Any scale does to learn a picture's upright size; a small one decodes fast.
+_GLANCE = 0.1
+
+Wanted = tuple[str, int]
+"""A prompt and a seed."""
+
+
+def class_pictures(
+    place: Place,
+    plan: Plan,
+    draw: Callable[[Sequence[Wanted]], list[Image.Image]],
+    progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """The session's class pictures, ``plan.prior_images`` of them; missing ones are drawn first.
+
+    Args:
+        place: the session.
+        plan: how many, of what class.
+        draw: draws a picture for each prompt and seed with the base; gives none when it was stopped.
+        progress: called with the number drawn and the number to draw; may raise to stop.
+
+    Returns:
+        Entries of a run's inputs: ``source`` (absolute), ``sha256``, ``box`` (the whole picture), ``prompt``, and
+        ``prior``: true. Files that are no pictures are passed over.
+
+    Raises:
+        Refusal: code ``spec``: there is no class to draw.
+        Stopping: the drawing was stopped; what was finished stays and is not drawn again.
+    """
+    missing = plan.prior_images - len(_found(place.now()))
+    names = list(islice(_free_names(place.now()), max(0, missing)))
+    for start in range(0, len(names), BATCH):
+        progress(start, missing)
+        part = names[start : start + BATCH]
+        wanted = [(_prompt_of(plan, number), plan.seed + number) for number, _name in part]
+        drawn = draw(wanted)
+        if not drawn:
+            raise Stopping
+        for (_number, name), (prompt, _seed), image in zip(part, wanted, drawn, strict=True):
+            place.write(partial(_write, name=name, prompt=prompt, image=image))
+    folder = place.now()
+    return [entry for path in _found(folder)[: plan.prior_images] if (entry := _entry(path, plan))]
+
+
+def _found(session: Path) -> list[Path]:
+    folder = session / CONCEPT_IMAGES
+    return sorted(path for path in folder.glob("*") if is_picture_name(path.name)) if folder.is_dir() else []
+
+
+def _free_names(session: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and names that no class picture has yet."""
+    taken = {path.stem for path in _found(session)}
+    return ((number, f"class-{number:04d}") for number in count(1) if f"class-{number:04d}" not in taken)
+
+
+def _prompt_of(plan: Plan, number: int) -> str:
+    if plan.miniature:
+        # A miniature knows no class but its world: what it must not forget are the shapes that it draws.
+        import numpy as np
+
+        from handlers.models.miniature import world
+
+        scene = world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",))
+        return f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}"
+    if not plan.class_:
+        raise Refusal(
+            "spec",
+            f"prior.images is {plan.prior_images}, but there is no class to draw pictures of.",
+            "Write the noun for your subject into train.yaml, like class: dog, or put class pictures into "
+            f"{CONCEPT_IMAGES}.",
+        )
+    return class_prompt(plan.class_, plan.concept)
+
+
+def _write(session: Path, *, name: str, prompt: str, image: Image.Image) -> None:
+    folder = folder_in(session, CONCEPT_IMAGES)
+    files.write_text(folder / f"{name}.txt", f"{prompt}\n")
+    # The picture last: it is the picture that counts as drawn.
+    with files.atomic_path(folder / f"{name}.png") as temporary:
+        image.save(temporary, format="PNG", compress_level=1)
+
+
+def _entry(path: Path, plan: Plan) -> dict[str, Any] | None:
+    try:
+        size = OpenPicture(read_source(path)).decode(_GLANCE).size
+    except (Refusal, OSError):
+        return None
+    try:
+        said = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").split())
+    except OSError:
+        said = ""
+    return {
+        "source": str(path),
+        "sha256": files.sha256_of(path),
+        "box": [0, 0, *size],
+        "prompt": said or class_prompt(plan.class_, plan.concept),
+        "prior": True,
+    }

@@ -1,0 +1,99 @@
+"""Teach the miniature a shape that it has never seen, and count: ``python -m tools.miniature.teach [--spec TEXT]``.
+
+Five pictures of a star go through the train handler as a person's would, with what ``train.yaml`` leaves to fastsd left
+to it. Then base and finished model draw the new shape and the old ones, and ``judge`` looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from handlers.context import JobContext
+from handlers.models import miniature
+from handlers.models.miniature import demo
+from handlers.models.miniature.exam import Exam, loaded
+from handlers.train.job import TrainHandler
+from sessions import files
+from sessions.spec import parse_spec
+
+SPEC = "base: miniature\nclass: star\nprior: {images: 48}\n"
+
+
+def lesson(folder: Path, cache: Path, spec: str = SPEC) -> tuple[Path, float]:
+    """Train on five pictures of a star.
+
+    Args:
+        folder: becomes a tree with one session.
+        cache: of the unfolded miniatures.
+        spec: the train.yaml.
+
+    Returns:
+        The finished Diffusers folder, and the seconds it took, class pictures included.
+    """
+    session = folder / "Sessions" / "star"
+    demo.make_pictures(session)
+    (session / ".fastsd").mkdir()
+    (session / ".fastsd" / "session.json").write_text(json.dumps({"id": "star0001"}))
+    pictures = []
+    for path in sorted(session.glob("*.png")):
+        with Image.open(path) as image:
+            box = [0, 0, *image.size]
+        pictures.append({"source": str(path), "sha256": files.sha256_of(path), "box": box, "caption": None})
+    payload = {
+        "folder": str(session),
+        "root": str(folder),
+        "session": "star0001",
+        "run": "r1",
+        "name": "star",
+        "spec": parse_spec(spec).to_json(),
+        "spec_record": None,
+        "base": "miniature",
+        "models": None,
+        "pictures": pictures,
+    }
+    context = JobContext(1, "train", payload, "cpu", cache, lambda *_: None, lambda: False, lambda: False)
+    began = time.monotonic()
+    result = TrainHandler().run(context)
+    return Path(result.facts["finished"]), time.monotonic() - began
+
+
+def main() -> None:
+    """One JSON object."""
+    parser = argparse.ArgumentParser(description="Teach the miniature a star, and count.")
+    parser.add_argument("--spec", default=SPEC, help="the train.yaml; \\n begins a line")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--count", type=int, default=50, help="stars; old shapes are twice as many")
+    parser.add_argument("--cache", type=Path, help="folder of the unfolded miniatures")
+    parser.add_argument("--sheet", type=Path, help="write the stars here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = options.cache or Path(temporary) / "cache"
+        taught, seconds = lesson(Path(temporary), cache, options.spec.replace("\\n", "\n"))
+        exam = Exam(options.count, 2 * options.count)
+        before, _ = exam.take(loaded(miniature.ensure("miniature", cache)))
+        after, stars = exam.take(loaded(taught))
+    if options.sheet:
+        sheet(stars).save(options.sheet)
+    print(json.dumps({"before": asdict(before), "after": asdict(after), "seconds": round(seconds, 1)}, indent=2))
+
+
+def sheet(images: list[Image.Image], columns: int = 10) -> Image.Image:
+    """Pictures of 64 px side by side."""
+    canvas = Image.new("RGB", (columns * 66, -(-len(images) // columns) * 66), "white")
+    for index, image in enumerate(images):
+        canvas.paste(image, (index % columns * 66, index // columns * 66))
+    return canvas
+
+
+if __name__ == "__main__":
+    main()
