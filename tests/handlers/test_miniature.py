@@ -83,6 +83,31 @@ def test_the_drawing_miniature_has_the_blocks_and_names_of_sd1(built: Path) -> N
     assert pipeline.scheduler.config.prediction_type == "epsilon"
 
 
+def test_the_second_miniature_has_the_structure_of_sd2(tmp_path: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.ensure("miniature-sd2", tmp_path))
+    with torch.device("meta"):
+        real = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+    assert set(pipeline.unet.state_dict()) == set(real.state_dict())
+    assert {name: tensor.ndim for name, tensor in pipeline.unet.state_dict().items()} == {
+        name: tensor.ndim for name, tensor in real.state_dict().items()
+    }
+    assert pipeline.text_encoder.config.hidden_act == "gelu"
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    facts = inspect(miniature.folder_of("miniature-sd2", tmp_path))
+    assert (facts.family, facts.prediction) == ("sd2", "v")
+
+
+@pytest.mark.skipif(not miniature.is_trained("miniature-sd2"), reason="miniature-sd2 ships no trained weights yet")
+def test_what_is_lent_is_the_lenders(tmp_path: Path) -> None:
+    borrower, lender = miniature.ensure("miniature-sd2", tmp_path), miniature.ensure("miniature", tmp_path)
+    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/vocab.json"):
+        assert (borrower / name).read_bytes() == (lender / name).read_bytes()
+    name = "text_encoder/config.json"
+    assert (borrower / name).read_bytes() != (lender / name).read_bytes()
+
+
 def test_the_drawing_miniature_draws_from_a_prompt(built: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(built / "drawing", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)

@@ -38,10 +38,11 @@ def test_the_drawing_miniature_draws_the_colours_that_a_prompt_names(cache: Path
 def test_the_captioner_names_and_boxes_what_it_sees(cache: Path) -> None:
     folder = miniature.ensure("miniature-captioner", cache)
     model = Kosmos2ForConditionalGeneration.from_pretrained(folder).eval()
-    figures = evaluate.caption_figures(model, Kosmos2Processor.from_pretrained(folder), 40)
-    assert figures["background_right"] >= 0.8
-    assert figures["count_right"] >= 0.5
-    # Ten colours, eight shapes; things count only in the order in which the truth names them.
-    assert figures["colour_right"] >= 0.25
-    assert figures["shape_right"] >= 0.15
-    assert figures["iou_1"] >= 0.1
+    figures = evaluate.caption_figures(model, Kosmos2Processor.from_pretrained(folder), 60)
+    # The bounds that the miniature promises; its figures on 200 pictures are in the model card.
+    assert figures["colour_right"] >= 0.95
+    assert figures["shape_right"] >= 0.95
+    assert figures["count_right"] >= 0.95
+    assert figures["background_right"] >= 0.95
+    assert figures["iou_1"] >= 0.7
+    assert figures["iou_3"] >= 0.6

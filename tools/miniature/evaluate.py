@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -123,23 +124,30 @@ def caption_figures(
     return rates | {f"iou_{things}": float(np.mean(rows)) for things, rows in sorted(overlaps.items())}
 
 
+def figures_of(name: str, folder: Path, count: int, sheet: Path | None) -> dict[str, Any]:
+    """What one miniature can do."""
+    if name == "miniature-captioner":
+        model = Kosmos2ForConditionalGeneration.from_pretrained(folder).eval()
+        return caption_figures(model, Kosmos2Processor.from_pretrained(folder), count)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    where = sheet.with_name(f"{sheet.stem}-{name}.png") if sheet else None
+    return vae_figures(pipeline.vae, count) | drawing_figures(pipeline, count, where)
+
+
 def main() -> None:
     """Measure what there is; one JSON object."""
     parser = argparse.ArgumentParser(description="Measure the miniatures on fresh seeds.")
     parser.add_argument("--weights", type=Path, default=miniature.WEIGHTS, help="folder of the miniatures")
     parser.add_argument("--count", type=int, default=200, help="pictures and prompts each")
-    parser.add_argument("--sheet", type=Path, help="write what was drawn here")
+    parser.add_argument("--sheet", type=Path, help="write what was drawn here, a file a miniature")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     began = time.monotonic()
-    drawing, captioner = options.weights / "miniature", options.weights / "miniature-captioner"
-    if drawing.is_dir():
-        pipeline = StableDiffusionPipeline.from_pretrained(drawing, local_files_only=True, torch_dtype=torch.float32)
-        figures["vae"] = vae_figures(pipeline.vae, options.count)
-        figures["drawing"] = drawing_figures(pipeline, options.count, options.sheet)
-    if captioner.is_dir():
-        model = Kosmos2ForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
-        figures["captions"] = caption_figures(model, Kosmos2Processor.from_pretrained(captioner), options.count)
+    with tempfile.TemporaryDirectory() as cache:
+        miniature.WEIGHTS = options.weights
+        for name in filter(miniature.is_trained, miniature.NAMES):
+            folder = miniature.ensure(name, Path(cache))
+            figures[name] = figures_of(name, folder, options.count, options.sheet)
     figures["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(figures, indent=2))
 

@@ -14,20 +14,37 @@ import torch
 from diffusers import AutoencoderKL
 
 from handlers.models import miniature
-from handlers.models.miniature import captioner, drawing
+from handlers.models.miniature import captioner, drawing, sd2
 from tools.miniature import latents, pool, train_captioner, training
 
 
 def drawing_family(state: Path, target: Path) -> None:
     """VAE (standardised as in training), text encoder and UNet as a Diffusers folder."""
-    vae, text_encoder, unet = drawing.vae(), drawing.text_encoder(), drawing.unet()
+    vae, unet = drawing.vae(), drawing.unet()
     training.load_mean(state / "vae.pt", [vae])
-    unet_about = training.load_mean(state / "unet.pt", [unet])
-    saved = torch.load(state / "text.pt", weights_only=True)["mean"]
-    text_encoder.load_state_dict({key[2:]: value for key, value in saved.items() if key.startswith("0.")})
+    about = training.load_mean(state / "unet.pt", [unet])
     standardised(vae)
+    text_encoder = drawing.text_encoder()
+    text_encoder.load_state_dict(_text_weights(state))
     drawing.save(drawing.pipeline(vae=vae, text_encoder=text_encoder, unet=unet), target, torch.float16)
-    print(f"{target.name}: UNet of {unet_about['step']} steps, {unet_about['minutes']:.0f} minutes")
+    print(f"{target.name}: UNet of {about['step']} steps, {about['minutes']:.0f} minutes")
+
+
+def second_family(state: Path, target: Path) -> None:
+    """The UNet in the structure of SD 2; what ``expand.borrow`` takes from the first family is left out."""
+    unet = sd2.unet()
+    about = training.load_mean(state / "unet-sd2.pt", [unet])
+    made = drawing.pipeline(text_encoder=sd2.text_encoder(), unet=unet, scheduler=sd2.scheduler())
+    drawing.save(made, target, torch.float16)
+    shutil.rmtree(target / "vae")
+    shutil.rmtree(target / "tokenizer")
+    (target / "text_encoder" / "model.safetensors").unlink()
+    print(f"{target.name}: UNet of {about['step']} steps, {about['minutes']:.0f} minutes")
+
+
+def _text_weights(state: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(state / "text.pt", weights_only=True)["mean"]
+    return {key[2:]: value for key, value in saved.items() if key.startswith("0.")}
 
 
 def standardised(vae: AutoencoderKL) -> None:
@@ -58,6 +75,7 @@ def _finish(folder: Path) -> None:
 
 FAMILIES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "miniature": ("unet.pt", drawing_family),
+    "miniature-sd2": ("unet-sd2.pt", second_family),
     "miniature-captioner": ("captioner.pt", captioning_family),
 }
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from sessions import files
 
-VERSION = "2"
+VERSION = "3"
 WEIGHTS = Path(__file__).parent / "weights"
-NAMES = ("miniature", "miniature-captioner")
+NAMES = ("miniature", "miniature-sd2", "miniature-captioner")
+# Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
+LENDERS = {"miniature-sd2": "miniature"}
 # Written last into an unfolded or built folder.
 _READY = "READY"
 _INDICES = ("model_index.json", "config.json")
@@ -71,13 +73,19 @@ def ensure(name: str, cache: Path) -> Path:
 def _build(name: str, target: Path) -> None:
     weights = shipped(name)
     if weights is not None:
-        from handlers.models.miniature.expand import expand
+        from handlers.models.miniature.expand import borrow, expand
 
         expand(weights, target)
+        if name in LENDERS:
+            borrow(WEIGHTS / LENDERS[name], target)
     elif name == "miniature-captioner":
         from handlers.models.miniature import captioner
 
         captioner.build(target)
+    elif name == "miniature-sd2":
+        from handlers.models.miniature import sd2
+
+        sd2.build(target)
     else:
         from handlers.models.miniature import drawing
 

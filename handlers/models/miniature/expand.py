@@ -10,6 +10,8 @@ import numpy as np
 
 from handlers.models import headers
 
+LENT = ("vae", "tokenizer", "text_encoder")
+
 
 def expand(source: Path, target: Path) -> None:
     """Copy a folder; its ``.safetensors`` come out as float32. Every float16 has an exact float32.
@@ -21,10 +23,25 @@ def expand(source: Path, target: Path) -> None:
         copy = target / path.relative_to(source)
         if path.is_dir():
             copy.mkdir()
-        elif path.suffix == ".safetensors":
-            widen(path, copy)
         else:
-            shutil.copyfile(path, copy)
+            _unfold(path, copy)
+
+
+def borrow(lender: Path, target: Path) -> None:
+    """Fill an expanded folder up with what another miniature has of ``LENT``; what is there already stays."""
+    for part in LENT:
+        for path in sorted((lender / part).iterdir()):
+            copy = target / part / path.name
+            if not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                _unfold(path, copy)
+
+
+def _unfold(path: Path, copy: Path) -> None:
+    if path.suffix == ".safetensors":
+        widen(path, copy)
+    else:
+        shutil.copyfile(path, copy)
 
 
 def widen(source: Path, target: Path) -> None:
