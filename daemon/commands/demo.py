@@ -36,7 +36,8 @@ _SPEC = """\
 base: miniature
 instance: zwx
 class: star
-prior: {images: 48}     # pictures of what the miniature draws already, so that it does not forget
+batch_size: 4
+prior: {images: 100}    # pictures of what the miniature draws already, so that it does not forget
 start: now
 """
 _MODELS = ("miniature", "miniature-captioner")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_finished
 from handlers.train.loop import Material
 from handlers.train.place import Place
-from handlers.train.prompts import sample_prompts, subject_of, training_prompt
+from handlers.train.prompts import sample_prompts, subject_of, training_prompt, world_prompts
 from handlers.train.recorder import Recorder, last_sample
 from handlers.train.run import RunFolder
 from handlers.train.stages import Trainer
@@ -160,9 +161,7 @@ def _prepare(
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
     sources = [str(picture["source"]) for picture in rendered.pictures]
     if not plan.prompts:
-        plan = Plan.from_json(
-            {**plan.to_json(), "prompts": sample_prompts(plan.instance, plan.class_, plan.concept, sources)}
-        )
+        plan = replace(plan, prompts=_sample_prompts(plan, sources))
     _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
     images, of_class = _class_pictures(context, place, plan, base, pipeline)
     images = [*rendered.images, *images]
@@ -215,6 +214,7 @@ def _class_pictures(
             wanted=wanted,
             batch=prior.BATCH,
             resolution=plan.resolution,
+            guidance=plan.guidance,
             device=context.device,
             should_stop=lambda: context.is_stopping() or context.is_cancelled(),
         )
@@ -248,6 +248,12 @@ def _thaw(
     return encoded
 
 
+def _sample_prompts(plan: Plan, sources: Sequence[str]) -> tuple[str, ...]:
+    if plan.miniature and plan.concept != "style":
+        return world_prompts(subject_of(plan.instance, plan.class_, sources[0]))
+    return sample_prompts(plan.instance, plan.class_, plan.concept, sources)
+
+
 def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
     written = plan.captions == "all" or (plan.captions == "person" and picture.get("caption_by") == "person")
     source = str(picture["source"])
@@ -256,8 +262,14 @@ def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, An
         "source": _relative(source, folder),
         "sha256": picture.get("sha256"),
         "box": picture["box"],
-        "prompt": training_prompt(plan.instance, plan.class_, plan.concept, source, caption),
+        "prompt": _training_prompt(plan, source, caption),
     }
+
+
+def _training_prompt(plan: Plan, source: str, caption: str | None) -> str:
+    if plan.miniature and plan.concept != "style" and not caption:
+        return world_prompts(subject_of(plan.instance, plan.class_, source))[0]
+    return training_prompt(plan.instance, plan.class_, plan.concept, source, caption)
 
 
 def _relative(source: str, folder: Path) -> str:

@@ -68,6 +68,11 @@ def subject_of(instance: str, noun: str, source: str) -> str:
     return f"{token} {noun}".strip()
 
 
+def world_prompts(subject: str) -> tuple[str, ...]:
+    """What samples of a miniature show: prompts of its own world, which knows no photos and no paintings."""
+    return f"a {subject}", f"a {subject} on a blue background"
+
+
 def training_prompt(instance: str, noun: str, concept: str, source: str, caption: str | None) -> str:
     """What a picture is trained with.
 

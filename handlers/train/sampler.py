@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-GUIDANCE = 7.5
 STEPS = 20
 
 
@@ -21,6 +20,7 @@ def draw(
     wanted: Sequence[tuple[str, int]],
     batch: int,
     resolution: int,
+    guidance: float,
     device: str,
     should_stop: Callable[[], bool],
 ) -> list[Image.Image]:
@@ -33,6 +33,7 @@ def draw(
         wanted: (prompt, seed) a picture.
         batch: how many are drawn at once.
         resolution: pixels of a side.
+        guidance: classifier-free guidance scale (Ho & Salimans 2022).
         device: where to compute.
         should_stop: asked after every denoising step.
 
@@ -74,7 +75,7 @@ def draw(
                     height=resolution,
                     width=resolution,
                     num_inference_steps=STEPS,
-                    guidance_scale=GUIDANCE,
+                    guidance_scale=guidance,
                     generator=[torch.Generator().manual_seed(seed) for _prompt, seed in part],
                     callback_on_step_end=after_step,
                 )

@@ -146,6 +146,7 @@ class Trainer:
             wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
             batch=len(plan.prompts),
             resolution=plan.resolution,
+            guidance=plan.guidance,
             device=self._device,
             should_stop=should_stop,
         )

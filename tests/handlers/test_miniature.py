@@ -21,8 +21,8 @@ from transformers import AutoProcessor, CLIPTextConfig, CLIPTextModel, CLIPToken
 
 from handlers.models import miniature
 from handlers.models.inspect import inspect
-from handlers.models.miniature import captioner, drawing, vocabulary
-from handlers.models.miniature.expand import expand
+from handlers.models.miniature import captioner, drawing, sd2, vocabulary
+from handlers.models.miniature.expand import borrow, expand
 from tests import pictures
 
 GIVEN = ("pixel_values", "input_ids", "attention_mask", "image_embeds_position_mask")
@@ -83,8 +83,13 @@ def test_the_drawing_miniature_has_the_blocks_and_names_of_sd1(built: Path) -> N
     assert pipeline.scheduler.config.prediction_type == "epsilon"
 
 
+def _sd2(folder: Path) -> StableDiffusionPipeline:
+    sd2.build(folder / "sd2")
+    return StableDiffusionPipeline.from_pretrained(folder / "sd2", local_files_only=True)
+
+
 def test_the_second_miniature_has_the_structure_of_sd2(tmp_path: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(miniature.ensure("miniature-sd2", tmp_path))
+    pipeline = _sd2(tmp_path)
     with torch.device("meta"):
         real = UNet2DConditionModel(
             cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
@@ -95,17 +100,23 @@ def test_the_second_miniature_has_the_structure_of_sd2(tmp_path: Path) -> None:
     }
     assert pipeline.text_encoder.config.hidden_act == "gelu"
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
-    facts = inspect(miniature.folder_of("miniature-sd2", tmp_path))
+    facts = inspect(tmp_path / "sd2")
     assert (facts.family, facts.prediction) == ("sd2", "v")
 
 
-@pytest.mark.skipif(not miniature.is_trained("miniature-sd2"), reason="miniature-sd2 ships no trained weights yet")
-def test_what_is_lent_is_the_lenders(tmp_path: Path) -> None:
-    borrower, lender = miniature.ensure("miniature-sd2", tmp_path), miniature.ensure("miniature", tmp_path)
-    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer/vocab.json"):
-        assert (borrower / name).read_bytes() == (lender / name).read_bytes()
-    name = "text_encoder/config.json"
-    assert (borrower / name).read_bytes() != (lender / name).read_bytes()
+def test_what_is_lent_fills_gaps_and_replaces_nothing(tmp_path: Path) -> None:
+    lender = miniature.WEIGHTS / "miniature"
+    shipped = tmp_path / "shipped"
+    (shipped / "text_encoder").mkdir(parents=True)
+    (shipped / "text_encoder" / "config.json").write_text("its own")
+    expand(shipped, tmp_path / "second")
+    borrow(lender, tmp_path / "second")
+    assert (tmp_path / "second" / "text_encoder" / "config.json").read_text() == "its own"
+    lent = load_file(tmp_path / "second" / "vae" / "diffusion_pytorch_model.safetensors")
+    narrow = load_file(lender / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(lent[name], tensor.float()) for name, tensor in narrow.items())
+    assert (tmp_path / "second" / "tokenizer" / "vocab.json").is_file()
+    assert not (tmp_path / "second" / "unet").exists()
 
 
 def test_the_drawing_miniature_draws_from_a_prompt(built: Path) -> None:

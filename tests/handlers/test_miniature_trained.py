@@ -25,11 +25,11 @@ def test_the_drawing_miniature_draws_the_colours_that_a_prompt_names(cache: Path
     pipeline = StableDiffusionPipeline.from_pretrained(miniature.ensure("miniature", cache), local_files_only=True)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     assert evaluate.vae_figures(pipeline.vae, 24)["psnr"] >= 26
-    figures = evaluate.drawing_figures(pipeline, 25, None)
+    figures = evaluate.drawing_figures(pipeline, 50, None)
+    # The bounds that the miniature promises; its figures on 200 prompts are in the model card.
     assert figures["background_right"] >= 0.9
-    assert figures["colour_right"] >= 0.7
-    # Eight shapes: chance is one in eight.
-    assert figures["shape_right"] >= 0.3
+    assert figures["colour_right"] >= 0.9
+    assert figures["shape_right"] >= 0.85
 
 
 @pytest.mark.skipif(

@@ -25,7 +25,7 @@ from handlers.train.job import TrainHandler
 from sessions import files
 from sessions.spec import parse_spec
 
-SPEC = "base: miniature\nclass: star\nprior: {images: 48}\n"
+SPEC = "base: miniature\nclass: star\nbatch_size: 4\nprior: {images: 100}\n"
 
 
 def lesson(folder: Path, cache: Path, spec: str = SPEC) -> tuple[Path, float]:

@@ -12,7 +12,7 @@ from sessions import files
 
 VERSION = "3"
 WEIGHTS = Path(__file__).parent / "weights"
-NAMES = ("miniature", "miniature-sd2", "miniature-captioner")
+NAMES = ("miniature", "miniature-captioner")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
 LENDERS = {"miniature-sd2": "miniature"}
 # Written last into an unfolded or built folder.
@@ -82,10 +82,6 @@ def _build(name: str, target: Path) -> None:
         from handlers.models.miniature import captioner
 
         captioner.build(target)
-    elif name == "miniature-sd2":
-        from handlers.models.miniature import sd2
-
-        sd2.build(target)
     else:
         from handlers.models.miniature import drawing
 

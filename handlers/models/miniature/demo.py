@@ -31,12 +31,16 @@ def make_pictures(folder: Path) -> None:
     """Five pictures of a shape that the miniatures have never seen."""
     import numpy as np
 
-    from handlers.models.miniature.world import UNSEEN_SHAPES, draw, random_scene
+    from handlers.models.miniature.world import COLOURS, UNSEEN_SHAPES, draw, random_scene
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
+    colours = list(COLOURS)
+    rng.shuffle(colours)
     for number in range(_PICTURES):
-        scene = random_scene(rng, shapes=UNSEEN_SHAPES, textures=("plain",))
+        # Large, and no colour twice: what the five have in common is the shape.
+        pair = colours[2 * number : 2 * number + 2]
+        scene = random_scene(rng, shapes=UNSEEN_SHAPES, colours=pair, textures=("plain",), sizes=("large",))
         with atomic_path(folder / f"{WORD} ({number + 1}).png") as temporary:
             draw(scene, _SIDE).image.save(temporary, format="PNG")
 

@@ -14,6 +14,7 @@ from PIL import Image
 from handlers.models.miniature import judge, world
 from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
+from handlers.train.auto import MINIATURE_GUIDANCE
 
 # Fresh scenes: no training script of ours draws from this seed.
 FRESH_SEED = 1_000_004
@@ -102,6 +103,7 @@ def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
         wanted=wishes,
         batch=_BATCH,
         resolution=64,
+        guidance=MINIATURE_GUIDANCE,
         device="cpu",
         should_stop=lambda: False,
     )

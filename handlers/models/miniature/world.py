@@ -113,17 +113,19 @@ def random_scene(
     shapes: Sequence[str] = SHAPES,
     colours: Sequence[str] = tuple(COLOURS),
     textures: Sequence[str] = TEXTURES,
+    *,
+    sizes: Sequence[str] = (),
 ) -> Scene:
     """A scene of ``things`` (1 to 4) objects that do not touch, none in the background's colour.
 
-    A third of the backgrounds that may have a texture get one.
+    A third of the backgrounds that may have a texture get one. Without ``sizes`` there are those that leave room.
     """
     background = str(rng.choice(list(colours)))
     texture = str(rng.choice(list(textures))) if rng.random() < 0.5 or "plain" not in textures else "plain"
     others = [colour for colour in colours if colour != background]
     placed: list[Thing] = []
     while len(placed) < things:  # things that leave no room for each other are chosen anew
-        loose = [_random_thing(rng, shapes, others, _SIZES_OF[things]) for _ in range(things)]
+        loose = [_random_thing(rng, shapes, others, sizes or _SIZES_OF[things]) for _ in range(things)]
         placed = _laid_out(rng, loose)
     placed.sort(key=lambda thing: thing.centre)
     return Scene(tuple(placed), background, texture, _noisy(rng, COLOURS[background]), float(rng.random()))
