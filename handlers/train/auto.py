@@ -40,7 +40,7 @@ class Amount:
 
 # (class of base, method, concept; None: any) → (text encoder, UNet). The first row that fits counts.
 _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
-    ("miniature", "dreambooth", None, Amount(20, 40, 120, 5e-4), Amount(80, 250, 600, 7e-4)),
+    ("miniature", "dreambooth", None, Amount(16, 40, 100, 5e-4), Amount(80, 250, 600, 6e-4)),
     ("sd1", "dreambooth", None, Amount(35, 200, 450, 1e-6), Amount(150, 750, 3000, 2e-6)),
 )
 _SAMPLES = 2  # halfway and at the end; more where train.yaml asks for them

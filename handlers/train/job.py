@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,8 @@ class TrainHandler:
         name = str(record["base"]["name"] if record else payload["base"])
         base = find_base(name, Path(models) if models else None, context.cache)
         try:
-            return _train(context, place, run, base, record)
+            with _threads_for(base, context.device):
+                return _train(context, place, run, base, record)
         except Cancelled:
             with suppress(FileNotFoundError):
                 _clean_up(place, run)
@@ -75,6 +76,21 @@ class TrainHandler:
                 run.write_record({**written, "state": "failed", "reason": str(refusal)})
                 run.log(str(refusal))
             raise
+
+
+@contextmanager
+def _threads_for(base: BaseModel, device: str) -> Iterator[None]:
+    """One thread for a miniature on the CPU: its tensors are so small that two threads wait for each other.
+
+    Measured on two cores: 780 steps in 389 s with two threads, 500 in 120 s with one.
+    """
+    before = torch.get_num_threads()
+    if base.facts.miniature and device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(

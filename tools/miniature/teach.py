@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from dataclasses import asdict
@@ -70,12 +69,11 @@ def main() -> None:
     """One JSON object."""
     parser = argparse.ArgumentParser(description="Teach the miniature a star, and count.")
     parser.add_argument("--spec", default=SPEC, help="the train.yaml; \\n begins a line")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--count", type=int, default=50, help="stars; old shapes are twice as many")
     parser.add_argument("--cache", type=Path, help="folder of the unfolded miniatures")
     parser.add_argument("--sheet", type=Path, help="write the stars here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary) / "cache"
         taught, seconds = lesson(Path(temporary), cache, options.spec.replace("\\n", "\n"))

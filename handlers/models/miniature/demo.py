@@ -93,6 +93,9 @@ def main() -> None:
         make_pictures(arguments.folder)
         print(json.dumps({"pictures": _PICTURES}))
     else:
+        import torch
+
+        torch.set_num_threads(1)  # what a miniature computes is too small for two
         print(json.dumps(draw_before_and_after(arguments.model, arguments.cache, arguments.picture)))
 
 
