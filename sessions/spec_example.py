@@ -22,7 +22,7 @@ EXAMPLE = """\
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
 #lora: {rank: 16, alpha: 16}
-#prior: {images: 0, weight: 1.0}
+#prior: {images: 0, weight: 1.0}    # class pictures against forgetting; missing ones are drawn into concept_images/
 
 ## How to train
 #optimizer: auto

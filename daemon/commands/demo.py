@@ -40,7 +40,6 @@ batch_size: 4
 prior: {images: 100}    # pictures of what the miniature draws already, so that it does not forget
 start: now
 """
-_MODELS = ("miniature", "miniature-captioner")
 _MARKER = ".fastsd-demo"
 
 
@@ -60,7 +59,7 @@ def demo(arguments: argparse.Namespace) -> int:
     if _helper("pictures", str(session / layout.INSTANCE_IMAGES)) is None:
         return FAILED
     write_text(session / layout.SPEC_NAMES[0], _SPEC)
-    untrained = [name for name in _MODELS if not miniature.is_trained(name)]
+    untrained = [name for name in miniature.NAMES if not miniature.is_trained(name)]
     if untrained:
         print(f"Note: the weights of {' and '.join(untrained)} are random in this version: the chain is real, and what")
         print("they draw or say makes no sense.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from handlers.train.prompts import head_noun, instance_token
+from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
 
@@ -121,6 +121,11 @@ class Plan:
     def guidance(self) -> float:
         """The classifier-free guidance with which its base draws samples and class pictures."""
         return MINIATURE_GUIDANCE if self.miniature else GUIDANCE
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """How its base is asked for a subject."""
+        return WORLD_TEMPLATES if self.miniature else TEMPLATES
 
     @property
     def total_steps(self) -> int:

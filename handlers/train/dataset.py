@@ -54,7 +54,7 @@ class Frozen:
 
 
 def render_pictures(
-    pictures: Sequence[Mapping[str, Any]], resolution: int, progress: Callable[[int], None], fewest: int = FEWEST
+    pictures: Sequence[Mapping[str, Any]], resolution: int, progress: Callable[[int], None]
 ) -> Rendered:
     """Render each picture's window from its original.
 
@@ -62,10 +62,6 @@ def render_pictures(
         pictures: ``source``, ``box`` (upright pixels) and whatever else the payload has.
         resolution: pixels of a side.
         progress: called with the number done; may raise to stop.
-        fewest: how many there must be.
-
-    Raises:
-        Refusal: code ``pictures``: fewer than ``fewest`` can be read.
     """
     rendered = Rendered([], [], [])
     for number, picture in enumerate(pictures, 1):
@@ -79,16 +75,24 @@ def render_pictures(
             rendered.images.append(image)
             rendered.pictures.append(picture)
         progress(number)
-    if len(rendered.images) < fewest:
+    return rendered
+
+
+def require_enough(rendered: Rendered) -> None:
+    """Refuse a set that is too small to train on.
+
+    Raises:
+        Refusal: code ``pictures``: fewer than ``FEWEST`` could be read.
+    """
+    if len(rendered.images) < FEWEST:
         named = "; ".join(f"{Path(left['source']).name}: {left['reason']}" for left in rendered.left_out[:5])
         count = len(rendered.images)
         raise Refusal(
             "pictures",
             f"{count} readable picture{'' if count == 1 else 's'} {'is' if count == 1 else 'are'} too few to train on."
             + (f" Left out: {named}." if named else ""),
-            f"Put at least {fewest} pictures into the folder and save train.yaml again.",
+            f"Put at least {FEWEST} pictures into the folder and save train.yaml again.",
         )
-    return rendered
 
 
 def square_within(box: Sequence[int]) -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@ from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_finished
 from handlers.train.loop import Material
 from handlers.train.place import Place
-from handlers.train.prompts import sample_prompts, subject_of, training_prompt, world_prompts
+from handlers.train.prompts import sample_prompts, subject_of, training_prompt
 from handlers.train.recorder import Recorder, last_sample
 from handlers.train.run import RunFolder
 from handlers.train.stages import Trainer
@@ -171,16 +171,18 @@ def _prepare(
         raise Refusal("spec", f"precision: {plan.precision} needs a GPU.", "Use auto or fp32.")
     count = len(pictures)
     rendered = dataset.render_pictures(
-        pictures, plan.resolution, lambda number: _progress(context, number, 2 * count, "reading the pictures")
+        pictures, plan.resolution, lambda number: _progress(context, number, count, "reading the pictures")
     )
+    dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
     sources = [str(picture["source"]) for picture in rendered.pictures]
     if not plan.prompts:
-        plan = replace(plan, prompts=_sample_prompts(plan, sources))
+        prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
+        plan = replace(plan, prompts=prompts)
     _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
-    images, of_class = _class_pictures(context, place, plan, base, pipeline)
-    images = [*rendered.images, *images]
+    of_class = _class_pictures(context, place, plan, base, pipeline)
+    images = [*rendered.images, *of_class.images]
     encoded = dataset.encode(
         images,
         pipeline.vae,
@@ -201,9 +203,11 @@ def _prepare(
         "base": {"name": base.model.name, "family": base.model.family or "sd1", "origin": base.model.origin},
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),
-            *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class),
+            *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
         ],
-        "left_out": [{**left, "source": _relative(left["source"], folder)} for left in rendered.left_out],
+        "left_out": [
+            {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
+        ],
         "frozen": digest,
     }
     run.write_record(record)
@@ -212,12 +216,10 @@ def _prepare(
     return record, frozen
 
 
-def _class_pictures(
-    context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any
-) -> tuple[list[Image.Image], list[Mapping[str, Any]]]:
-    """Class pictures and their entries of ``inputs``; those that are missing are drawn by the base."""
+def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
+    """The class pictures; those that are missing are drawn by the base."""
     if not plan.prior_images:
-        return [], []
+        return dataset.Rendered([], [], [])
     unet: Any = None
 
     def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
@@ -235,11 +237,9 @@ def _class_pictures(
             should_stop=lambda: context.is_stopping() or context.is_cancelled(),
         )
 
-    entries = prior.class_pictures(
-        place, plan, draw, lambda done, missing: _progress(context, done, missing, "drawing class pictures")
+    return prior.class_pictures(
+        place, plan, draw, lambda done, total: _progress(context, done, total, "drawing class pictures")
     )
-    rendered = dataset.render_pictures(entries, plan.resolution, lambda _: context.check_cancelled(), fewest=0)
-    return rendered.images, rendered.pictures
 
 
 def _thaw(
@@ -264,12 +264,6 @@ def _thaw(
     return encoded
 
 
-def _sample_prompts(plan: Plan, sources: Sequence[str]) -> tuple[str, ...]:
-    if plan.miniature and plan.concept != "style":
-        return world_prompts(subject_of(plan.instance, plan.class_, sources[0]))
-    return sample_prompts(plan.instance, plan.class_, plan.concept, sources)
-
-
 def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
     written = plan.captions == "all" or (plan.captions == "person" and picture.get("caption_by") == "person")
     source = str(picture["source"])
@@ -278,14 +272,8 @@ def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, An
         "source": _relative(source, folder),
         "sha256": picture.get("sha256"),
         "box": picture["box"],
-        "prompt": _training_prompt(plan, source, caption),
+        "prompt": training_prompt(plan.instance, plan.class_, plan.concept, source, caption, templates=plan.templates),
     }
-
-
-def _training_prompt(plan: Plan, source: str, caption: str | None) -> str:
-    if plan.miniature and plan.concept != "style" and not caption:
-        return world_prompts(subject_of(plan.instance, plan.class_, source))[0]
-    return training_prompt(plan.instance, plan.class_, plan.concept, source, caption)
 
 
 def _relative(source: str, folder: Path) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from handlers.context import Stopping
 from handlers.crop.decode import OpenPicture, read_source
 from handlers.train.auto import Plan
+from handlers.train.dataset import Rendered, render_pictures
 from handlers.train.place import Place, folder_in
 from handlers.train.prompts import class_prompt
 from sessions import files
@@ -36,18 +37,18 @@ def class_pictures(
     plan: Plan,
     draw: Callable[[Sequence[Wanted]], list[Image.Image]],
     progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
+) -> Rendered:
     """The session's class pictures, ``plan.prior_images`` of them; missing ones are drawn first.
 
     Args:
         place: the session.
         plan: how many, of what class.
         draw: draws a picture for each prompt and seed with the base; gives none when it was stopped.
-        progress: called with the number drawn and the number to draw; may raise to stop.
+        progress: called with how many of how many are drawn or read; may raise to stop.
 
     Returns:
-        Entries of a run's inputs: ``source`` (absolute), ``sha256``, ``box`` (the whole picture), ``prompt``, and
-        ``prior``: true. Files that are no pictures are passed over.
+        The pictures with their entries of a run's inputs (``source``, absolute; ``sha256``; ``box``, the whole picture;
+        ``prompt``; ``prior``, true), and what could not be read.
 
     Raises:
         Refusal: code ``spec``: there is no class to draw.
@@ -64,8 +65,15 @@ def class_pictures(
             raise Stopping
         for (_number, name), (prompt, _seed), image in zip(part, wanted, drawn, strict=True):
             place.write(partial(_write, name=name, prompt=prompt, image=image))
-    folder = place.now()
-    return [entry for path in _found(folder)[: plan.prior_images] if (entry := _entry(path, plan))]
+    entries: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    for path in _found(place.now())[: plan.prior_images]:
+        try:
+            entries.append(_entry(path, plan))
+        except (Refusal, OSError) as error:
+            left_out.append({"source": str(path), "reason": error.what if isinstance(error, Refusal) else str(error)})
+    rendered = render_pictures(entries, plan.resolution, lambda done: progress(done, len(entries)))
+    return Rendered(rendered.images, rendered.pictures, [*left_out, *rendered.left_out])
 
 
 def _found(session: Path) -> list[Path]:
@@ -86,8 +94,7 @@ def _prompt_of(plan: Plan, number: int) -> str:
 
         from handlers.models.miniature import world
 
-        scene = world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",))
-        return f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}"
+        return world.full_prompt(world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",)))
     if not plan.class_:
         raise Refusal(
             "spec",
@@ -106,11 +113,8 @@ def _write(session: Path, *, name: str, prompt: str, image: Image.Image) -> None
         image.save(temporary, format="PNG", compress_level=1)
 
 
-def _entry(path: Path, plan: Plan) -> dict[str, Any] | None:
-    try:
-        size = OpenPicture(read_source(path)).decode(_GLANCE).size
-    except (Refusal, OSError):
-        return None
+def _entry(path: Path, plan: Plan) -> dict[str, Any]:
+    size = OpenPicture(read_source(path)).decode(_GLANCE).size
     try:
         said = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").split())
     except OSError:

@@ -25,6 +25,10 @@ _RARE = (
     "wxj",
     "kqz",
 )
+# How a subject is asked for, as trained and somewhere else; {} is token and noun.
+TEMPLATES = ("a photo of {}", "a painting of {}")
+# The world of the miniatures knows no photos and no paintings.
+WORLD_TEMPLATES = ("a {}", "a {} on a blue background")
 # What cameras, phones and messengers call every picture.
 _NO_NAMES = re.compile(
     r"^(img|image|dsc[nf]?|dcim|pxl|mvimg|photo|picture|pic|foto|bild|screenshot|scan|file|unnamed|download|crop|"
@@ -68,12 +72,9 @@ def subject_of(instance: str, noun: str, source: str) -> str:
     return f"{token} {noun}".strip()
 
 
-def world_prompts(subject: str) -> tuple[str, ...]:
-    """What samples of a miniature show: prompts of its own world, which knows no photos and no paintings."""
-    return f"a {subject}", f"a {subject} on a blue background"
-
-
-def training_prompt(instance: str, noun: str, concept: str, source: str, caption: str | None) -> str:
+def training_prompt(
+    instance: str, noun: str, concept: str, source: str, caption: str | None, *, templates: Sequence[str] = TEMPLATES
+) -> str:
     """What a picture is trained with.
 
     Args:
@@ -82,12 +83,13 @@ def training_prompt(instance: str, noun: str, concept: str, source: str, caption
         concept: object, face or style.
         source: the picture's path.
         caption: its caption where it shall be used.
+        templates: the base's; the first is what it is trained with.
     """
     subject = subject_of(instance, noun, source)
     text = " ".join((caption or "").split())
     if concept == "style":
         return f"{text}, in the style of {subject}" if text else f"a picture in the style of {subject}"
-    return f"{subject}, {text}" if text else f"a photo of {subject}"
+    return f"{subject}, {text}" if text else templates[0].format(subject)
 
 
 def class_prompt(noun: str, concept: str) -> str:
@@ -97,12 +99,14 @@ def class_prompt(noun: str, concept: str) -> str:
     return f"a photo of {'an' if noun[0].casefold() in 'aeiou' else 'a'} {noun}"
 
 
-def sample_prompts(instance: str, noun: str, concept: str, sources: Sequence[str]) -> tuple[str, ...]:
+def sample_prompts(
+    instance: str, noun: str, concept: str, sources: Sequence[str], *, templates: Sequence[str] = TEMPLATES
+) -> tuple[str, ...]:
     """What samples show when train.yaml says nothing: the subject as trained, and somewhere else."""
     subjects = [subject_of(instance, noun, source) for source in sources] if instance == "filename" else []
     distinct = list(dict.fromkeys(subjects)) or [subject_of(instance, noun, "")]
     if concept == "style":
         return (f"a house in the style of {distinct[0]}", f"a portrait in the style of {distinct[0]}")
     if len(distinct) > 1:
-        return tuple(f"a photo of {subject}" for subject in distinct[:4])
-    return (f"a photo of {distinct[0]}", f"a painting of {distinct[0]}")
+        return tuple(templates[0].format(subject) for subject in distinct[:4])
+    return tuple(template.format(distinct[0]) for template in templates)

@@ -84,7 +84,7 @@ def test_the_drawing_miniature_has_the_blocks_and_names_of_sd1(built: Path) -> N
 
 
 def _sd2(folder: Path) -> StableDiffusionPipeline:
-    sd2.build(folder / "sd2")
+    drawing.save(sd2.pipeline(), folder / "sd2")
     return StableDiffusionPipeline.from_pretrained(folder / "sd2", local_files_only=True)
 
 

@@ -270,7 +270,7 @@ def test_too_few_pictures_are_refused_and_named(tmp_path: Path) -> None:
     assert {image.size for image in rendered.images} == {(64, 64)}
     (tmp_path / "2.png").unlink()
     with pytest.raises(Refusal, match=r"2 readable pictures are too few.*1\.png.*2\.png"):
-        dataset.render_pictures(entries, 64, lambda _: None)
+        dataset.require_enough(dataset.render_pictures(entries, 64, lambda _: None))
 
 
 def test_charts(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from handlers.context import JobContext, Stopping
 from handlers.models import miniature
-from handlers.train import loop, prior
+from handlers.train import loop, prior, randomness
 from handlers.train.auto import Base, Plan, make_plan
+from handlers.train.dataset import Frozen, Rendered
 from handlers.train.job import TrainHandler
 from handlers.train.place import Place
 from sessions.refusal import Refusal
@@ -47,9 +49,9 @@ class Brush:
         return [Image.new("RGB", (64, 64), (seed % 256, 0, 0)) for _prompt, seed in wanted]
 
 
-def gather(session: Path, plan: Plan, brush: Brush) -> list[dict[str, Any]]:
+def gather(session: Path, plan: Plan, brush: Brush) -> Rendered:
     place = Place(session, session.parent.parent, "abcd1234")
-    return prior.class_pictures(place, plan, brush, lambda _done, _missing: None)
+    return prior.class_pictures(place, plan, brush, lambda _done, _total: None)
 
 
 def test_missing_ones_are_drawn_and_peoples_own_count(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_missing_ones_are_drawn_and_peoples_own_count(tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("a green dog\n")
     Image.new("RGB", (100, 200), "blue").save(folder / "other.png")
     brush = Brush()
-    entries = gather(session, plan_of("class: owl\nprior: {images: 12}\n"), brush)
+    entries = gather(session, plan_of("class: owl\nprior: {images: 12}\n"), brush).pictures
     assert len(brush.wanted) == 10
     assert {prompt for prompt, _seed in brush.wanted} == {"a photo of an owl"}
     assert len({seed for _prompt, seed in brush.wanted}) == 10
@@ -69,7 +71,7 @@ def test_missing_ones_are_drawn_and_peoples_own_count(tmp_path: Path) -> None:
     assert said["mine.jpg"] == ("a green dog", [0, 0, 300, 200])
     assert said["other.png"] == ("a photo of an owl", [0, 0, 100, 200])
     again = Brush()
-    assert gather(session, plan_of("class: owl\nprior: {images: 12}\n"), again) == entries
+    assert gather(session, plan_of("class: owl\nprior: {images: 12}\n"), again).pictures == entries
     assert not again.wanted
 
 
@@ -80,7 +82,7 @@ def test_stopped_in_between_nothing_is_drawn_twice(tmp_path: Path) -> None:
     with pytest.raises(Stopping):
         gather(session, plan, first)
     second = Brush()
-    assert len(gather(session, plan, second)) == 20
+    assert len(gather(session, plan, second).images) == 20
     seeds = [seed for _prompt, seed in (*first.wanted, *second.wanted)]
     assert sorted(seeds) == sorted({*seeds})
     assert len(seeds) == 20
@@ -93,21 +95,18 @@ def test_without_a_class_it_says_what_to_write(tmp_path: Path) -> None:
     assert "class: dog" in refused.value.advice
 
 
-def test_what_is_no_picture_is_passed_over(tmp_path: Path) -> None:
+def test_what_is_no_picture_is_left_out_and_named(tmp_path: Path) -> None:
     session = make_session(tmp_path / "Sessions" / "dog")
     (session / "concept_images").mkdir()
     (session / "concept_images" / "a.jpg").write_bytes(b"broken")
-    assert len(gather(session, plan_of("class: dog\nprior: {images: 4}\n"), Brush())) == 3
+    rendered = gather(session, plan_of("class: dog\nprior: {images: 4}\n"), Brush())
+    assert (len(rendered.images), len(rendered.pictures)) == (3, 3)
+    assert [Path(left["source"]).name for left in rendered.left_out] == ["a.jpg"]
+    assert rendered.left_out[0]["reason"]
 
 
-def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class(tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class() -> None:
     """A network that predicts 0: each picture's loss is the mean square of its own noise."""
-    from diffusers import DDPMScheduler
-
-    from handlers.train import randomness
-    from handlers.train.dataset import Frozen
-
-    del tmp_path
     plan = plan_of("class: dog\nprior: {images: 4, weight: 0.5}\nbatch_size: 2\n")
     frozen = Frozen(torch.zeros(7, 4, 2, 2), torch.zeros(7, 4, 2, 2))
     seen: list[int] = []

@@ -25,6 +25,7 @@ sample_every: 0
 offset_noise: 0.1
 min_snr: 5
 instance: zwx
+prior: {images: 3, weight: 0.5}
 """
 TOTAL = 14
 

@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
-from handlers.models.miniature import judge, world
+from handlers.models.miniature import exam, judge, world
 from tools.miniature import pool
 
-STEPS = 25
-GUIDANCE = 4.0
 BATCH = 25
 
 
@@ -42,46 +40,32 @@ def vae_figures(vae: AutoencoderKL, pictures: int) -> dict[str, float]:
 
 
 def drawing_figures(pipeline: StableDiffusionPipeline, prompts: int, sheet: Path | None) -> dict[str, Any]:
-    """Draw fresh prompts on plain backgrounds and judge them."""
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    """Draw fresh prompts on plain backgrounds, as fastsd draws its samples, and judge them."""
     scenes = [
         world.random_scene(np.random.default_rng((pool.FRESH_SEED, index)), textures=("plain",))
         for index in range(prompts)
     ]
+    images = exam.drawn(pipeline, [(world.full_prompt(scene), index) for index, scene in enumerate(scenes)])
     right: dict[str, int] = defaultdict(int)
     wrong: dict[str, int] = defaultdict(int)
-    images: list[Image.Image] = []
-    for start in range(0, prompts, BATCH):
-        part = scenes[start : start + BATCH]
-        texts = [f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}" for scene in part]
-        drawn = pipeline(
-            texts,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            height=64,
-            width=64,
-            generator=torch.Generator().manual_seed(pool.FRESH_SEED + start),
-        ).images
-        images += drawn
-        for scene, image in zip(part, drawn, strict=True):
-            seen, thing = judge.look(image), scene.things[0]
-            right["colour"] += seen.colour == thing.colour
-            right["shape"] += seen.shape == thing.shape
-            right["background"] += seen.background == scene.background
-            right["all"] += (seen.colour, seen.shape, seen.background) == (thing.colour, thing.shape, scene.background)
-            if seen.shape != thing.shape:
-                wrong[f"{thing.shape} drawn as {seen.shape}"] += 1
-            if seen.colour != thing.colour:
-                wrong[f"{thing.colour} drawn as {seen.colour}"] += 1
+    for scene, image in zip(scenes, images, strict=True):
+        seen, thing = judge.look(image), scene.things[0]
+        right["colour"] += seen.colour == thing.colour
+        right["shape"] += seen.shape == thing.shape
+        right["background"] += seen.background == scene.background
+        right["all"] += (seen.colour, seen.shape, seen.background) == (thing.colour, thing.shape, scene.background)
+        if seen.shape != thing.shape:
+            wrong[f"{thing.shape} drawn as {seen.shape}"] += 1
+        if seen.colour != thing.colour:
+            wrong[f"{thing.colour} drawn as {seen.colour}"] += 1
     if sheet:
-        _write_sheet(images, sheet)
+        write_sheet(images, sheet)
     worst = dict(sorted(wrong.items(), key=lambda item: -item[1])[:8])
     return {f"{what}_right": count / prompts for what, count in right.items()} | {"confused": worst}
 
 
-def _write_sheet(images: list[Image.Image], path: Path) -> None:
-    columns = 20
+def write_sheet(images: list[Image.Image], path: Path, columns: int = 20) -> None:
+    """Write pictures of 64 px side by side."""
     canvas = Image.new("RGB", (columns * 66, -(-len(images) // columns) * 66), "white")
     for index, image in enumerate(images):
         canvas.paste(image, (index % columns * 66, index // columns * 66))

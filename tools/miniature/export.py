@@ -34,8 +34,7 @@ def second_family(state: Path, target: Path) -> None:
     """The UNet in the structure of SD 2; what ``expand.borrow`` takes from the first family is left out."""
     unet = sd2.unet()
     about = training.load_mean(state / "unet-sd2.pt", [unet])
-    made = drawing.pipeline(text_encoder=sd2.text_encoder(), unet=unet, scheduler=sd2.scheduler())
-    drawing.save(made, target, torch.float16)
+    drawing.save(sd2.pipeline(unet=unet), target, torch.float16)
     shutil.rmtree(target / "vae")
     shutil.rmtree(target / "tokenizer")
     (target / "text_encoder" / "model.safetensors").unlink()

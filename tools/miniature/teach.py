@@ -23,6 +23,7 @@ from handlers.models.miniature.exam import Exam, loaded
 from handlers.train.job import TrainHandler
 from sessions import files
 from sessions.spec import parse_spec
+from tools.miniature.evaluate import write_sheet
 
 SPEC = "base: miniature\nclass: star\nbatch_size: 4\nprior: {images: 100}\n"
 
@@ -81,16 +82,8 @@ def main() -> None:
         before, _ = exam.take(loaded(miniature.ensure("miniature", cache)))
         after, stars = exam.take(loaded(taught))
     if options.sheet:
-        sheet(stars).save(options.sheet)
+        write_sheet(stars, options.sheet, columns=10)
     print(json.dumps({"before": asdict(before), "after": asdict(after), "seconds": round(seconds, 1)}, indent=2))
-
-
-def sheet(images: list[Image.Image], columns: int = 10) -> Image.Image:
-    """Pictures of 64 px side by side."""
-    canvas = Image.new("RGB", (columns * 66, -(-len(images) // columns) * 66), "white")
-    for index, image in enumerate(images):
-        canvas.paste(image, (index % columns * 66, index // columns * 66))
-    return canvas
 
 
 if __name__ == "__main__":

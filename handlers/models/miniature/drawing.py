@@ -65,20 +65,21 @@ def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     )
 
 
-def unet() -> UNet2DConditionModel:
-    """SD 1's UNet at widths 48, 64, 72, 72 with its 8 heads."""
-    return UNet2DConditionModel(
-        sample_size=RESOLUTION // 8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(48, 64, 72, 72),
-        layers_per_block=2,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+def unet(**changes: Any) -> UNet2DConditionModel:
+    """SD 1's UNet at widths 48, 64, 72, 72 with its 8 heads; ``changes`` are what another family has otherwise."""
+    configuration: dict[str, Any] = {
+        "sample_size": RESOLUTION // 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (48, 64, 72, 72),
+        "layers_per_block": 2,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**configuration | changes)
 
 
 def scheduler() -> PNDMScheduler:

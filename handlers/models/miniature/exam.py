@@ -67,10 +67,7 @@ class Exam:
 
     def known_wishes(self) -> list[Wish]:
         """Prompts of the world."""
-        return [
-            (f"{world.phrase(scene.things[0])} on {world.background_phrase(scene)}", number)
-            for number, scene in enumerate(self._scenes())
-        ]
+        return [(world.full_prompt(scene), number) for number, scene in enumerate(self._scenes())]
 
     def mark(self, stars: Sequence[Image.Image], known: Sequence[Image.Image]) -> Marks:
         """Marks for the pictures of both lists of wishes."""

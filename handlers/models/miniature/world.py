@@ -296,6 +296,11 @@ def caption(scene: Scene) -> str:
     return f"An image of {listed} on {background_phrase(scene)}."
 
 
+def full_prompt(scene: Scene) -> str:
+    """A prompt that asks for all that a scene of one thing shows but its place."""
+    return f"{phrase(scene.things[0])} on {background_phrase(scene)}"
+
+
 def prompt(scene: Scene, rng: np.random.Generator) -> str:
     """How somebody might ask for a scene of one thing: every qualifier may be left out, the shape hardly ever is."""
     thing = scene.things[0]
