@@ -27,7 +27,7 @@ EXAMPLE = """\
 ## How to train
 #optimizer: auto
 #schedule: linear       # linear | cosine | constant
-#batch_size: 1
+#batch_size: auto      # pictures a step; auto: 1, and more for the miniatures
 #precision: auto        # fp32 | fp16 | bf16
 #memory: auto
 #seed: 7

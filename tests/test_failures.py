@@ -150,7 +150,7 @@ def test_spoilt_pictures_are_told_beside_them_and_the_others_go_on(
 WRONG = {
     "tab": ("start: now\nunet:\n\tsteps: 3\n", "(line 3)", "Use spaces"),
     "key": ("base: miniature\nresolutoin: 512\n", "(line 2)", "Did you mean 'resolution'?"),
-    "value": ("base: miniature\nbatch_size: many\n", "(line 2)", "Write a whole number"),
+    "value": ("base: miniature\nbatch_size: many\n", "(line 2)", "Write auto or a whole number"),
     "list": ("- base\n- miniature\n", "(line 1)", "'key: value'"),
 }
 
