@@ -26,9 +26,7 @@ def noise(shape: tuple[int, ...], seed: int, stage: int, step: int, purpose: str
     return torch.randn(shape, generator=generator(seed, stage, step, purpose))
 
 
-def timesteps(
-    count: int, levels: int, seed: int, stage: int, step: int, purpose: str = "timesteps"
-) -> torch.Tensor:
+def timesteps(count: int, levels: int, seed: int, stage: int, step: int, *, purpose: str = "timesteps") -> torch.Tensor:
     """``count`` whole numbers in [0, ``levels``), each uniform by itself, one in each of ``count`` equal parts.
 
     A batch that covers all noise levels has a steadier gradient than one that drew them by chance (the low-discrepancy
