@@ -127,7 +127,10 @@ class _Crew:
                 async for event in events:
                     if not isinstance(event, Ended):
                         self._on_progress(event.job, event.report)
-                    elif event.died and not self.interrupted and len(indexes) > 1:
+                    elif (
+                        not self.interrupted and len(indexes) > 1 and (event.died or event.outcome.state == "stopping")
+                    ):
+                        # One that nobody stopped was given back by a worker that ended over another job.
                         self._suspects.append(event.job)
                     else:
                         self._ends.put_nowait((event.job, event.outcome))

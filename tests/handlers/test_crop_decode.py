@@ -44,7 +44,7 @@ def refusal(folder: Path, content: bytes, name: str = "x.jpg", scale: float = 1.
         (pictures.HTML, "not-a-picture"),
         (pictures.POSTSCRIPT, "not-a-picture"),
         (b"\0" * 20_000, "not-a-picture"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1", "not-a-picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1", "corrupt"),
         (pictures.truncated_jpeg(), "corrupt"),
         (pictures.zero_padded_jpeg(), "corrupt"),
         (pictures.damaged_png(), "corrupt"),

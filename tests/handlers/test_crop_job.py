@@ -78,6 +78,7 @@ def test_facts_output_and_hash(tmp_path: Path) -> None:
     source = pictures.photograph("astronaut.png")
     result = crop(source, tmp_path / "crops" / "astronaut.jpg")
     assert result.outputs == [tmp_path / "crops" / "astronaut.jpg"]
+    assert result.facts.pop("health")["shorter_side"] == 512
     assert result.facts == {
         "sha256": files.sha256_of(source),
         "box": [0, 0, 512, 512],
@@ -229,7 +230,7 @@ def test_faces_of_a_crowd_are_all_found_and_kept_where_they_fit(tmp_path: Path) 
         crowd.paste(head, place)
     source = saved(tmp_path, pictures.encoded(crowd, "PNG"))
     decoded = OpenPicture(read_source(source)).decode(1.0)
-    assert len(find_subject(decoded.image, handler()._finder).boxes) == 3
+    assert len(find_subject(decoded.image, handler()._finders).boxes) == 3
     x0, _, x1, _ = crop(source, tmp_path / "out.jpg").facts["box"]
     # 500 pixels hold the heads of all three: from 760 + 65 to 1140 + 125.
     assert x0 <= 830
