@@ -22,16 +22,16 @@ def _words(text: str) -> frozenset[str]:
 
 _GROUND = _words(
     """background beach bed bench building bush carpet ceiling chair city cloud couch desert desk dirt door field fence
-    floor flooring forest grass grassland gravel ground hill house ice kitchen lake land landscape lawn leaf light meadow
-    mountain mud night ocean park path pavement plate platform pond rain river road rock roof room sand scene sea shadow
+    floor flooring forest grass grassland gravel ground hill house ice kitchen lake land landscape lawn leaf light
+    meadow mountain mud night ocean park path pavement plate platform pond rain river road rock roof room sand scene sea shadow
     shelf shore sidewalk sky snow soil stage stone street sun sunset surface table tree view wall water wave window wood
     woods yard"""
 )
 """Nouns of what a subject stands before or on: taken only where nothing else was named."""
 PEOPLE = _words(
     """actor actress adult artist baby boy bride brother businessman businesswoman child couple crowd dad daughter
-    face family father female friend girl grandfather grandmother groom group guy head human kid lady male man mom mother
-    person player portrait self selfie singer sister son student team teen teenager toddler woman"""
+    face family father female friend girl grandfather grandmother groom group guy head human kid lady male man mom
+    mother person player portrait self selfie singer sister son student team teen teenager toddler woman"""
 )
 _WORD = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*")
 _PLURALS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))

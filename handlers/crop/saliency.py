@@ -1,10 +1,10 @@
 """What stands out in a picture without a face: several clues for every place, weighed, and the window with the most.
 
 The clues: how far a colour (CIELAB) is from every colour of the picture's border, because a border is mostly ground
-(the prior of Wei et al., "Geodesic saliency using background priors", 2012); local contrast; fine detail, because what is
-in focus has it; what a small network takes for the foreground; and how near the middle a place is. Their weights were
-fitted by logistic regression on a thousand scenes with a known subject: those of ``benchmarks/scenes.py`` and things cut
-out of photographs before other photographs. They are few, so that they hold for other pictures.
+(the prior of Wei et al., "Geodesic saliency using background priors", 2012); local contrast; fine detail, because what
+is in focus has it; what a small network takes for the foreground; and how near the middle a place is. Their weights
+were fitted by logistic regression on seven hundred scenes with a known subject: some of ``benchmarks/scenes.py``, and
+things cut out of photographs before other photographs. They are few, so that they hold for other pictures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Large pictures that have no reduced decoding of their own, read in passing by libvips: never whole in memory.
 
 Pillow holds four bytes a pixel of the whole picture; libvips reads PNG and TIFF line by line and shrinks as it goes,
-and asks the decoder of WebP for a smaller picture. Each loader is named, so nothing else that libvips can read is tried.
+and asks the decoder of WebP for a smaller picture. Each loader is named: nothing else that libvips can read is tried.
 """
 
 from __future__ import annotations
