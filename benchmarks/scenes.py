@@ -1,7 +1,8 @@
 """Scenes with a subject whose place is known, to measure croppers with: drawn, and put together from photographs.
 
 Backgrounds are fractal noise, skies over ground, grass, gravel and brick, and blurred photographs; subjects are
-textured shapes and things cut out of photographs that scikit-image carries (GrabCut in a box given by hand). Nothing is fetched.
+textured shapes and things cut out of photographs that scikit-image carries (GrabCut in a box
+given by hand). Nothing is fetched.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class JobContext:
         """A block that may take so many seconds. If it takes longer, the job has ended by ``end``, a refusal say.
 
         For native code that cannot be interrupted: the worker process ends with it, and the rest of its batch goes back
-        to the queue. Where the block holds the interpreter all the time, the daemon's patience counts (``Kind.silence``).
+        to the queue. Where the block never lets go of the interpreter, the daemon's patience counts (``Kind.silence``).
         """
         return self.limit(seconds, end)
 
