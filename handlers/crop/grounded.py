@@ -21,11 +21,11 @@ def _words(text: str) -> frozenset[str]:
 
 
 _GROUND = _words(
-    """background beach bed bench building bush carpet ceiling chair city cloud couch desert desk dirt door field fence
-    floor flooring forest grass grassland gravel ground hill house ice kitchen lake land landscape lawn leaf light
-    meadow mountain mud night ocean park path pavement plate platform pond rain river road rock roof room sand scene sea
-    shadow shelf shore sidewalk sky snow soil stage stone street sun sunset surface table tree view wall water wave window
-    wood woods yard"""
+    """background beach bed bench building bush carpet ceiling chair city cloud couch desert desk dirt door field
+    fence floor flooring forest grass grassland gravel ground hill house ice kitchen lake land landscape lawn leaf
+    light meadow mountain mud night ocean park path pavement plate platform pond rain river road rock roof room sand
+    scene sea shadow shelf shore sidewalk sky snow soil stage stone street sun sunset surface table tree view wall
+    water wave window wood woods yard"""
 )
 """Nouns of what a subject stands before or on: taken only where nothing else was named."""
 PEOPLE = _words(
