@@ -102,7 +102,7 @@ def fractal(random: np.random.Generator, width: int, height: int, roughness: flo
 def _colour(random: np.random.Generator) -> NDArray[np.float32]:
     hue, saturation, value = random.uniform(0, 180), random.beta(1.5, 2.2) * 255, random.uniform(60, 245)
     pixel = np.array([[[hue, saturation, value]]], dtype=np.uint8)
-    return cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+    return np.asarray(cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0], dtype=np.float32)
 
 
 def _mixed(noise: NDArray[np.float32], one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -173,7 +173,7 @@ def _shape(random: np.random.Generator, side: int = 256) -> NDArray[np.float32]:
     if len(rows) < 200:
         return _shape(random, side)
     cut = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    return cv2.GaussianBlur(cut, (0, 0), 0.8).astype(np.float32) / 255
+    return np.asarray(cv2.GaussianBlur(cut, (0, 0), 0.8), dtype=np.float32) / np.float32(255)
 
 
 def _drawn_subject(random: np.random.Generator) -> tuple[Pixels, NDArray[np.float32]]:
@@ -205,7 +205,7 @@ def _cutting(name: str) -> tuple[Pixels, NDArray[np.float32]]:
 
 def _cut_subject(random: np.random.Generator) -> tuple[Pixels, NDArray[np.float32]]:
     names: Sequence[str] = tuple(_CUTTINGS)
-    picture, mask = _cutting(names[random.integers(len(names))])
+    picture, mask = _cutting(names[int(random.integers(len(names)))])
     if random.random() < 0.5:
         picture, mask = picture[:, ::-1], mask[:, ::-1]
     return np.clip(picture * float(random.uniform(0.7, 1.15)), 0, 255).astype(np.uint8), np.ascontiguousarray(mask)

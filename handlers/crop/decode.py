@@ -137,6 +137,7 @@ class OpenPicture:
         """
         self._source = source
         self._notes: list[str] = []
+        self._comes_upright = False
         try:
             with _decoding(self._notes):
                 self._image: Image.Image = Image.open(io.BytesIO(source.content), formats=_readable_formats())
@@ -197,7 +198,7 @@ class OpenPicture:
         if warning:
             notes.append(warning)
         self._image.close()
-        if orientation in _UPRIGHT:
+        if orientation in _UPRIGHT and not self._comes_upright:
             colours = colours.transpose(_UPRIGHT[orientation])
         swapped = orientation in (5, 6, 7, 8)
         colours.info = {}
@@ -213,6 +214,7 @@ class OpenPicture:
         elif image.width * image.height > _LARGE and image.format in stream.FORMATS and stream.is_available():
             if image.format == "PNG":
                 self._note_late_orientation()
+            self._comes_upright = image.format == "AVIF"
             return to_srgb(stream.reduced(self._source.content, image.format, factor, ground))
         elif image.width * image.height > _LARGE and image.format == "HEIF":
             return reduced_srgb(Rows.of_heif(self._source.content), factor, ground)

@@ -29,7 +29,7 @@ def is_available() -> bool:
 
 
 def reduced(content: bytes, kind: str, factor: int, ground: Ground = GROUND) -> Image.Image:
-    """The first frame of a picture, 1 / ``factor`` as large on each side; as it is stored (not turned upright).
+    """The first frame of a picture, 1 / ``factor`` as large on each side; as it is stored, but AVIF comes upright.
 
     Args:
         content: the file.
