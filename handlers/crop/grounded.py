@@ -84,7 +84,7 @@ def entities_of(values: object) -> list[Entity]:
 def _box(value: Any) -> Box | None:
     try:
         x0, y0, x1, y1 = (min(max(float(number), 0.0), 1.0) for number in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 

@@ -106,7 +106,7 @@ def _box(value: Any, unit: str) -> Box | None:
         return None
     try:
         numbers = [float(number) for number in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != 4 or not all(math.isfinite(number) for number in numbers):
         raise Refusal("wish", f"The fixed box {value!r} is not four numbers: left, top, right, bottom.", _ADVICE)
