@@ -135,7 +135,7 @@ def measure_processes(rounds: int, folder: Path) -> None:
         "crop = fastsd(); crop(Path(sys.argv[1]), Path(sys.argv[2])); print('warm', flush=True); sys.stdin.readline()\n"
         "for _ in range(int(sys.argv[3])): crop(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    rates = {}
+    rates: dict[int, float] = {}
     for processes in (1, 2, 1, 2):
         running = [
             subprocess.Popen(
