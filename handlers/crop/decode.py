@@ -200,7 +200,8 @@ class OpenPicture:
         self._image.close()
         if orientation in _UPRIGHT and not self._comes_upright:
             colours = colours.transpose(_UPRIGHT[orientation])
-        swapped = orientation in (5, 6, 7, 8)
+        # Pillow tells the size of a TIFF as it is upright.
+        swapped = orientation in (5, 6, 7, 8) and self._image.format != "TIFF"
         colours.info = {}
         return Decoded(colours, (stored[1], stored[0]) if swapped else stored, tuple(dict.fromkeys(notes)))
 

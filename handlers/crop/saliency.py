@@ -209,7 +209,7 @@ def _cut(values: Map, box: Box) -> Map:
 
 
 _FRAME_SIDE = 96
-_EVEN = 3.0
+_EVEN, _STEP = 8.0, 20.0
 _MOST_FRAME = 0.45
 
 
@@ -240,10 +240,10 @@ def _bars(lines: Map) -> tuple[float, float]:
 
 def _bar(lines: Map) -> float:
     colour = np.median(lines[0], axis=0)
-    off = np.abs(lines - colour).max(axis=2) > 4 * _EVEN
-    even = off.mean(axis=1) < 0.02
+    even = (np.abs(lines - colour).max(axis=2) > _EVEN).mean(axis=1) < 0.02
     length = int(np.argmin(even)) if not even.all() else len(even)
-    if length < 2 or length > _MOST_FRAME * len(even):
+    if length < 2 or length > _MOST_FRAME * len(even) or length + 1 >= len(even):
         return 0.0
-    # NEAREST keeps edges: one line may still hold some of both.
-    return (length + 0.5) / len(even) if off[min(length + 1, len(off) - 1)].mean() > 0.7 else 0.0
+    # One line may still hold some of both, so the step is looked for across two.
+    step = np.abs(lines[length + 1] - lines[length - 1]).max(axis=1) > _STEP
+    return (length + 0.5) / len(even) if step.mean() > 0.7 else 0.0

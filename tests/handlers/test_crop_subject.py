@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
@@ -72,7 +72,13 @@ def test_the_caption_is_about_what_it_names_first_and_not_about_the_ground() -> 
     assert main_boxes([DOG, second, FIELD]) == [second.box, DOG.box]
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["phrase", "box"]), st.text() | st.lists(st.floats() | st.text()))))
+NUMBERS = st.floats() | st.integers() | st.text(max_size=3)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.fixed_dictionaries({"phrase": st.text(max_size=9), "box": st.lists(NUMBERS, max_size=5)}), max_size=3)
+)
 def test_entities_of_anything(values: list[Any]) -> None:
     for entity in entities_of([*values, None, 5, {"phrase": "a dog", "box": [0, 0, 1, 1]}]):
         assert 0 <= entity.box[0] < entity.box[2] <= 1
