@@ -24,7 +24,7 @@ from handlers.crop import stream
 from handlers.crop.colour import GROUND, Ground, to_srgb
 from handlers.crop.limits import DECODE_BYTES
 from handlers.crop.rows import Rows, reduced_srgb
-from handlers.crop.sniff import corrupt, ends_in_zeros, holds_too_little, no_picture
+from handlers.crop.sniff import corrupt, ends_in_zeros, holds_too_little, no_picture, webp_pixels
 from sessions.refusal import Refusal
 
 PIXEL_LIMIT = 200_000_000
@@ -146,6 +146,9 @@ class OpenPicture:
         except MemoryError:
             raise
         except Exception as error:  # decoders answer hostile bytes with exceptions of every kind
+            if webp_pixels(source.content) > _LARGE and "decoder object" in str(error):
+                # Pillow's decoder of WebP takes eight bytes a pixel when it is made, and does not say what it lacked.
+                raise MemoryError(str(error)) from error
             raise corrupt(source.path, error) from error
         width, height = self._image.size
         self.size: tuple[int, int] = (width, height)
@@ -229,9 +232,10 @@ class OpenPicture:
         """Nothing of Pillow's reads on behind the pixels of a PNG that it does not decode: take its EXIF from there."""
         content = self._source.content
         place = content.rfind(b"eXIf", max(0, len(content) - _TAIL_BYTES))
-        if place >= 4 and "exif" not in self._image.info:
-            length = int.from_bytes(content[place - 4 : place], "big")
-            self._image.info["exif"] = content[place + 4 : place + 4 + length]
+        exif = b""
+        if place >= 4:
+            exif = content[place + 4 : place + 4 + int.from_bytes(content[place - 4 : place], "big")]
+        self._image.info.setdefault("exif", exif)  # without it, Pillow would decode all to look for it
 
     def _check_jpeg(self) -> None:
         """See that the bytes can hold what the header promises, and the memory what a progressive JPEG needs.

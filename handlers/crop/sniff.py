@@ -110,3 +110,21 @@ def holds_too_little(content: bytes, blocks: float) -> bool:
     frame = next((marker for marker, _ in jpeg_markers(content) if marker in range(0xC0, 0xC4)), None)
     bits = {0xC0: 2, 0xC1: 2, 0xC2: 1}.get(frame or 0, 0)
     return len(content) * 8 < blocks * bits
+
+
+def webp_pixels(content: bytes) -> int:
+    """The pixels that the header of a WebP promises; 0 where it is none."""
+    if not content.startswith(b"RIFF") or content[8:12] != b"WEBP":
+        return 0
+    numbers = content[20:30].ljust(10, b"\0")
+    match content[12:16]:
+        case b"VP8X":
+            width, height = (int.from_bytes(numbers[at : at + 3], "little") + 1 for at in (4, 7))
+        case b"VP8L":
+            bits = int.from_bytes(numbers[1:5], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            width, height = (int.from_bytes(numbers[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+        case _:
+            return 0
+    return width * height

@@ -277,8 +277,9 @@ def _sizes() -> Iterator[Case]:
     yield Case("48-megapixels.jpg", Cropped((8000, 6000), tolerance=5), large)
     yield Case("48-megapixels.heic", Cropped((8064, 6048), tolerance=6), heic(size=(8064, 6048)))
     yield Case(
-        "36-megapixels.webp", Cropped((6000, 6000), tolerance=6), encoded(pattern((6000, 6000)), "WEBP", method=0)
+        "30-megapixels.webp", Cropped((6000, 5000), tolerance=6), encoded(pattern((6000, 5000)), "WEBP", method=0)
     )
+    yield Case("90-megapixels.webp", Refused(("too-large",)), encoded(_one((10_000, 9_000)), "WEBP", method=0))
     content = io.BytesIO()
     tifffile.imwrite(content, np.asarray(pattern((9000, 7000))), photometric="rgb", compression="zlib", rowsperstrip=64)
     yield Case("63-megapixels.tif", Cropped((9000, 7000), tolerance=2), content.getvalue())
@@ -300,6 +301,10 @@ def _bombs() -> Iterator[Case]:
     yield Case("lying-more.jpg", large, binary.lying_jpeg(60_000, 60_000))
     yield Case("long-text.png", Refused(("corrupt",)), binary.text_bomb())
     yield Case("many-scans.jpg", Cropped((1600, 1200), tolerance=9), binary.scans_bomb(200))
+
+
+def _one(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, RED)
 
 
 def _flat(size: tuple[int, int]) -> Image.Image:
