@@ -24,7 +24,7 @@ from handlers.crop import stream
 from handlers.crop.colour import GROUND, Ground, to_srgb
 from handlers.crop.limits import DECODE_BYTES
 from handlers.crop.rows import Rows, reduced_srgb
-from handlers.crop.sniff import corrupt, ends_in_zeros, holds_too_little, no_picture, webp_pixels
+from handlers.crop.sniff import corrupt, ends_in_zeros, holds_too_little, no_picture, webp_size
 from sessions.refusal import Refusal
 
 PIXEL_LIMIT = 200_000_000
@@ -107,8 +107,10 @@ def read_source(path: Path) -> SourceFile:
         ) from error
     with os.fdopen(descriptor, "rb") as file:
         # Once more on what was opened: the name may have been given to something else since.
-        _require_regular(path, os.fstat(descriptor))
-        content = file.read(_BYTE_LIMIT + 1)
+        facts = os.fstat(descriptor)
+        _require_regular(path, facts)
+        # No more than its size and a byte: where more is asked for, memory for all of it is set aside.
+        content = file.read(min(facts.st_size, _BYTE_LIMIT) + 1)
     if not content:
         raise Refusal("empty", f"{path.name} is empty (0 bytes).", "Copy the picture here again.")
     if len(content) > _BYTE_LIMIT:
@@ -140,15 +142,12 @@ class OpenPicture:
         self._comes_upright = False
         try:
             with _decoding(self._notes):
-                self._image: Image.Image = Image.open(io.BytesIO(source.content), formats=_readable_formats())
+                self._image = _opened(source.content)
         except UnidentifiedImageError as error:
             raise no_picture(source.path, source.content, reads_heif=_reads_heif()) from error
         except MemoryError:
             raise
         except Exception as error:  # decoders answer hostile bytes with exceptions of every kind
-            if webp_pixels(source.content) > _LARGE and "decoder object" in str(error):
-                # Pillow's decoder of WebP takes eight bytes a pixel when it is made, and does not say what it lacked.
-                raise MemoryError(str(error)) from error
             raise corrupt(source.path, error) from error
         width, height = self._image.size
         self.size: tuple[int, int] = (width, height)
@@ -252,6 +251,13 @@ class OpenPicture:
             raise corrupt(self._source.path, "it is much too short for the size that it promises")
         if image.info.get("progressive") and coefficients * 2 > DECODE_BYTES:
             raise MemoryError("a progressive JPEG of this size cannot be read in parts")
+
+
+def _opened(content: bytes) -> Image.Image:
+    width, height = webp_size(content)
+    if width * height > _LARGE and stream.is_available():
+        return stream.webp_header(content)
+    return Image.open(io.BytesIO(content), formats=_readable_formats())
 
 
 def _readable_formats() -> tuple[str, ...]:

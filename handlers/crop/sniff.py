@@ -112,10 +112,10 @@ def holds_too_little(content: bytes, blocks: float) -> bool:
     return len(content) * 8 < blocks * bits
 
 
-def webp_pixels(content: bytes) -> int:
-    """The pixels that the header of a WebP promises; 0 where it is none."""
+def webp_size(content: bytes) -> tuple[int, int]:
+    """(width, height) that the header of a WebP promises; zeros where it is none."""
     if not content.startswith(b"RIFF") or content[8:12] != b"WEBP":
-        return 0
+        return (0, 0)
     numbers = content[20:30].ljust(10, b"\0")
     match content[12:16]:
         case b"VP8X":
@@ -126,5 +126,5 @@ def webp_pixels(content: bytes) -> int:
         case b"VP8 ":
             width, height = (int.from_bytes(numbers[at : at + 2], "little") & 0x3FFF for at in (6, 8))
         case _:
-            return 0
-    return width * height
+            return (0, 0)
+    return (width, height)

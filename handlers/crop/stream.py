@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from handlers.crop.colour import GROUND, Ground
+from handlers.crop.sniff import webp_size
 
 FORMATS = ("PNG", "TIFF", "WEBP", "AVIF")
 """Formats (Pillow's names) that can be read so."""
@@ -74,6 +75,27 @@ def reduced(content: bytes, kind: str, factor: int, ground: Ground = GROUND) -> 
     image = Image.fromarray(np.ascontiguousarray(values.squeeze()), mode=mode if mode == "CMYK" else None)
     if profile is not None:
         image.info["icc_profile"] = bytes(profile)
+    return image
+
+
+def webp_header(content: bytes) -> Image.Image:
+    """What the header of a WebP says, as a picture without pixels: Pillow takes eight bytes a pixel to tell it.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    vips = _library()
+    try:
+        # Asked for a tiny picture, the decoder sets little aside.
+        found = vips.Image.webpload_buffer(content, scale=0.01)
+    except vips.Error as error:
+        raise OSError(" ".join(str(error).split())) from error
+    image = Image.Image()
+    image._size = webp_size(content)  # noqa: SLF001 - a picture without pixels has no other way
+    image.format = "WEBP"
+    for key, name in (("exif", "exif-data"), ("icc_profile", "icc-profile-data")):
+        if found.get_typeof(name):
+            image.info[key] = bytes(found.get(name))
     return image
 
 
