@@ -112,7 +112,23 @@ def _add_looks(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     crop = _command(commands, "crop", "oneoffs:crop", "crop pictures around their subject")
     crop.add_argument("--size", type=int, default=512, metavar="N", help="side in pixels (default: 512)")
-    crop.add_argument("--mode", choices=("smart", "centre", "off"), default="smart")
+    crop.add_argument(
+        "--mode", choices=("smart", "centre", "off"), default="smart", help="smart (default), centre, or off: no crop"
+    )
+    crop.add_argument(
+        "--subject",
+        choices=("faces", "segment", "centre"),
+        help="look for this only (default: faces, else what stands out)",
+    )
+    crop.add_argument(
+        "--format",
+        choices=("jpg", "webp", "png"),
+        default="jpg",
+        help="jpg: quality 95 (default); webp, png: without loss",
+    )
+    crop.add_argument(
+        "--ground", choices=("white", "grey", "black"), default="white", help="what transparent pictures lie on"
+    )
     caption = _command(commands, "caption", "oneoffs:caption", "caption pictures")
     caption.add_argument("--captioner", default="kosmos-2", metavar="NAME", help="kosmos-2, miniature or a name")
     for parser in (crop, caption):
