@@ -17,8 +17,8 @@ from daemon.routing import (
     convert_requests,
     publish_requests,
     run_for,
-    same_content,
     train_request,
+    wanted_kinds,
 )
 from daemon.runs import read_spec_record, recorded_runs
 from daemon.session import Session
@@ -28,6 +28,7 @@ from sessions import layout
 from sessions.errors import error_path, remove_error, write_error
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
+from sessions.wishes import CODE
 
 FEWEST_PICTURES = 3
 
@@ -78,6 +79,7 @@ class Planner:
             OSError: the session's folder cannot be read or written.
         """
         plan = Plan()
+        self._tell_of_wishes(session)
         self._plan_run(session, shape, plan)
         plan.requests += convert_requests(session)
         if self.settings.webui.kind != "none":
@@ -92,6 +94,17 @@ class Planner:
         """The name of the train.yaml that lies in a session, settled; None when there is none."""
         names = [name for name in self.index.known(session.path) if layout.is_spec_name(name)]
         return min(names, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
+
+    def _tell_of_wishes(self, session: Session) -> None:
+        """What is wrong with a crop.txt is told beside it, once it has settled."""
+        rules = session.crop_rules
+        name = rules.wishes_name
+        if not name or self.index.lookup(session.tree_path(name)) is None:
+            return
+        if rules.problem is None:
+            remove_refusal(session, name, CODE)
+        else:
+            refuse(session, name, rules.problem, job=CODE)
 
     def _plan_run(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
         runs = recorded_runs(session)
@@ -117,7 +130,7 @@ class Planner:
             self._check_base(spec)
             ready = self._ready(session, shape, spec, plan)
         except Refusal as refusal:
-            refuse_spec(session, name, record, refusal)
+            refuse(session, name, refusal, job="spec", sha256=record.sha256)
             return
         except Waiting as waiting:
             remove_refusal(session, name, "spec")
@@ -171,27 +184,25 @@ class Planner:
         return found
 
     def _pending(self, session: Session, kind: str, pictures: list[tuple[str, Fact]]) -> int:
-        pending = 0
-        for relative, fact in pictures:
-            record = session.manifest.get(kind, relative)
-            if record is not None and same_content(record, fact):
-                continue
-            refusal = session.manifest.get("refused", relative)
-            if refusal is not None and same_content(refusal, fact):
-                continue
-            pending += 1
-        return pending
+        wanted = (wanted_kinds(session, relative, fact, self.rules) for relative, fact in pictures)
+        return sum(kind in kinds for kinds in wanted)
 
 
-def refuse_spec(session: Session, name: str, record: SpecRecord, refusal: Refusal) -> None:
-    """A train.yaml that cannot be used: told beside it, once.
+def refuse(session: Session, name: str, refusal: Refusal, **stamp: str) -> None:
+    """A file of a person's that cannot be used: told beside it, once.
+
+    Args:
+        session: where it lies.
+        name: its path there.
+        refusal: what is wrong with it.
+        stamp: ``job``, and what else the manifest should keep of it.
 
     Raises:
         OSError: the folder cannot be written.
     """
     write_error(session.folder / name, refusal)
     known = session.manifest.get("refused", name) or {}
-    line = {"kind": "refused", "source": name, "job": "spec", "sha256": record.sha256, **refusal.to_json()}
+    line = {"kind": "refused", "source": name, **stamp, **refusal.to_json()}
     if any(known.get(key) != value for key, value in line.items()):
         session.manifest.append([line])
 

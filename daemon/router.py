@@ -29,6 +29,7 @@ from sessions.spec_example import EXAMPLE
 log = logging.getLogger(__name__)
 _BATCH = 1000
 _DONE: frozenset[JobState] = frozenset({"done"})
+_RULES = (Role.SPEC, Role.WISHES)
 _GIVEN_UP: frozenset[JobState] = frozenset({"failed", "refused"})
 
 
@@ -103,12 +104,22 @@ class Router:
         facts = list(facts)
         self._learn_shape(facts)
         self._refresh(fact.path for fact in facts)
+        self._learn_rules(fact.path for fact in facts)
         self._put(request for fact in facts for request in self._route(fact))
+
+    def follow(self, folder: str, source: str) -> None:
+        """Something was made of a picture: queue what that makes it want, as a caption does with its boxes."""
+        with suppress(OSError):
+            session = self._sessions.at(folder)
+            fact = self._index.lookup(session.tree_path(source))
+            if fact is not None and any(session.manifest.get(kind, source) for kind in PICTURE_KINDS):
+                self._put(picture_requests(session, source, fact, self._rules))
 
     def vanished(self, paths: Iterable[str]) -> None:
         """Files are gone: their outputs go to the trash, unless their session only moved."""
         paths = list(paths)
         self._refresh(paths)
+        self._learn_rules(paths)
         pictures: dict[str, list[str]] = {}
         for path in paths:
             place = layout.place_of(path, self._shape)
@@ -154,6 +165,14 @@ class Router:
         for session in sessions_touched(paths, self._shape):
             self._sessions.refresh(session)
 
+    def _learn_rules(self, paths: Iterable[str]) -> None:
+        """A session's train.yaml or crop.txt that changed is read again, before any of its pictures is looked at."""
+        for path in paths:
+            place = layout.place_of(path, self._shape)
+            if place is not None and place.role in _RULES and place.session in self._sessions:
+                with suppress(OSError):
+                    self._sessions.at(place.session).forget_crop_rules()
+
     def _vanish(self, session: Session, place: layout.Place) -> None:
         if place.relative.endswith(layout.ERROR_SUFFIX):
             if sources := self.refused_in(session, place.relative):
@@ -163,6 +182,8 @@ class Router:
             if session.manifest.get("refused", place.relative) is not None:
                 session.manifest.append([{"kind": "refused", "source": place.relative, "gone": True}])
                 remove_error(session.folder / place.relative)
+            if place.role in _RULES:
+                self.reroute_session(place.session)
 
     def refused_in(self, session: Session, error_file: str) -> list[str]:
         """The files whose refusal is told in an error file (a path in the session)."""
@@ -264,6 +285,10 @@ class Router:
         if movement and not self._is_own_caption(session, place):
             self._move(place.session)
         self._touched(place.session)
+        if place.role in _RULES and movement:
+            # It may say of every picture that its crop is wanted in another way.
+            for known in self._index.under(place.session):
+                yield from self._route(known, movement=False)
         if place.role is not Role.PICTURE:
             return
         if heal:

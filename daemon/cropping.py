@@ -1,0 +1,161 @@
+"""What a picture's crop depends on besides the picture: train.yaml, crop.txt, and what its caption found.
+
+The first crop of a picture is made without its caption, which takes far longer. Where that found no face, the crop is
+made again with the caption's grounded boxes. What is wanted is a function of the session's files and its manifest, so
+that it is the same after any restart, and a caption that says the same again crops nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sessions import layout
+from sessions.captions import decoded
+from sessions.manifest import Record
+from sessions.refusal import Refusal
+from sessions.spec import parse_spec
+from sessions.wishes import CODE, SUBJECTS, Wishes, parse_wishes
+
+_FACELESS = frozenset({"saliency", "centre", "grounded"})
+"""Findings that say that no face was found: the caption knows better, or may."""
+_GROUNDING = ("entities", "words")
+_MOST_BYTES = 1 << 20
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class CropRules:
+    """What a session's own files say about its crops.
+
+    Attributes:
+        mode: ``smart``, ``centre`` or ``off``; None where train.yaml cannot be used as it is: what was made stands.
+        words: nouns for the subject that train.yaml gives.
+        wishes: crop.txt's.
+        wishes_name: how crop.txt is spelled here, "" where there is none.
+        problem: what is wrong with crop.txt.
+    """
+
+    mode: str | None = "smart"
+    words: tuple[str, ...] = ()
+    wishes: Wishes = field(default_factory=Wishes)
+    wishes_name: str = ""
+    problem: Refusal | None = None
+
+
+def read_crop_rules(folder: Path) -> CropRules:
+    """The rules of a session, from its files as they are now, settled or not: a change is told when it has settled."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                entry.name for entry in entries if layout.is_spec_name(entry.name) or layout.is_wishes_name(entry.name)
+            )
+    except FileNotFoundError:
+        return CropRules()
+    except OSError:
+        return CropRules(mode=None)
+    specs = [name for name in names if layout.is_spec_name(name)]
+    wishes = next((name for name in names if layout.is_wishes_name(name)), "")
+    spec = min(specs, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
+    mode, words = _read_spec(folder / spec) if spec else ("smart", ())
+    said, problem = _read_wishes(folder / wishes) if wishes else (Wishes(), None)
+    return CropRules(mode, words, said, wishes, problem)
+
+
+def _read_spec(file: Path) -> tuple[str | None, tuple[str, ...]]:
+    try:
+        spec = parse_spec(_content(file).decode("utf-8", errors="replace"))
+    except (OSError, Refusal):
+        return None, ()
+    return spec.crop, tuple(word for word in (spec.class_, spec.instance) if word not in ("auto", "filename"))
+
+
+def _read_wishes(file: Path) -> tuple[Wishes, Refusal | None]:
+    try:
+        content = _content(file)
+    except OSError as error:
+        advice = "Give the user that fastsd runs as the right to read it."
+        return Wishes(), Refusal(CODE, f"{file.name} cannot be read: {error.strerror}.", advice)
+    if len(content) > _MOST_BYTES:
+        return Wishes(), Refusal(CODE, f"{file.name} is larger than 1 MiB.", "Write one wish a line, and few lines.")
+    return parse_wishes(decoded(content))
+
+
+def _content(file: Path) -> bytes:
+    # Not blocking: what carries the name may be a pipe by now.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as reader:
+        return reader.read(_MOST_BYTES + 1) or b""
+
+
+def crop_parameters(
+    own: Mapping[str, Any], relative: str, rules: CropRules, made: Record | None, caption: Record | None
+) -> dict[str, Any] | None:
+    """The parameters of the crop that a picture wants now, or None where the one that was made stands.
+
+    Args:
+        own: the tree's parameters: ``mode``, ``resolution``.
+        relative: the picture's path in its session.
+        rules: the session's.
+        made: the record of the crop of this very content, None where there is none.
+        caption: the record of its caption, likewise.
+    """
+    before = dict(made["params"]) if made is not None else {}
+    base = _base(own, rules.wishes.of(relative), rules.mode or str(before.get("mode", own["mode"])))
+    base_before = {key: value for key, value in before.items() if key not in _GROUNDING}
+    stands = made is not None and base_before == base
+    if caption is None and stands:
+        return None
+    wanted = base
+    if caption is not None and _follows_caption(base, str(made.get("subject")) if made and stands else None):
+        wanted = base | _grounding(caption, rules, before)
+    elif stands:
+        return None
+    return None if stands and wanted == before else wanted
+
+
+def _base(own: Mapping[str, Any], wish: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    # A line of crop.txt is said of these pictures, `crop:` of all: the nearer word wins.
+    if "box" in wish or "subject" in wish:
+        mode = "smart"
+    base = {**own, "mode": mode}
+    return {**base, "wish": dict(wish)} if wish and mode == "smart" else base
+
+
+def _follows_caption(base: Mapping[str, Any], found: str | None) -> bool:
+    """Whether the crop is the better for its caption's boxes; ``found``: what the crop that was made shows."""
+    wish = base.get("wish", {})
+    if base["mode"] != "smart" or "box" in wish or wish.get("subject") == "centre":
+        return False
+    if "exclude" in wish or wish.get("subject", "faces") not in SUBJECTS.values():
+        return True
+    return found is None or found in _FACELESS
+
+
+def _grounding(caption: Record, rules: CropRules, before: Mapping[str, Any]) -> dict[str, Any]:
+    entities = [{"phrase": str(e["phrase"]), "box": list(e["box"])} for e in caption.get("entities") or ()]
+    if not entities:
+        return {}
+    words: Sequence[str] = rules.words if rules.mode is not None else before.get("words", ())
+    return {"entities": entities, "words": telling_words([str(e["phrase"]) for e in entities], words)}
+
+
+def telling_words(phrases: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words that can tell the phrases of a caption apart.
+
+    So a new class in train.yaml makes again only the crops whose caption speaks of it, and of other things besides.
+    """
+    if len(set(phrases)) < 2:
+        return []
+    spoken = {stem for phrase in phrases for stem in _stems(phrase)}
+    return [word for word in words if spoken & _stems(word)]
+
+
+def _stems(text: str) -> set[str]:
+    """The words of a text, each also without what may be the end of a plural."""
+    words = _WORD.findall(text.casefold())
+    return {word.removesuffix(end) for word in words for end in ("", "s", "es")}
