@@ -17,6 +17,7 @@ from daemon.index import Fact, Index
 from daemon.routing import PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
+from daemon.sheet import crops_of, sheet_of, sheet_payload
 from handlers.context import Waiting
 from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
@@ -65,6 +66,8 @@ class Preparer:
                 return self._caption(session, stored)
             case "train":
                 return self._train(session, stored)
+            case "sheet":
+                return self._sheet(session, stored)
             case "convert":
                 return self._convert(session, stored)
             case _:
@@ -152,6 +155,13 @@ class Preparer:
             "models": self.models,
             "pixel_limit": self.settings.limits.picture_pixels,
         }
+
+    def _sheet(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        found = sheet_of(crops_of(session, lambda relative: self.index.lookup(session.tree_path(relative))))
+        if not found.records or stored["params"] != {"digest": found.digest}:
+            message = "the sheet would show what has changed since"
+            raise Gone(message)
+        return sheet_payload(session, found, self.settings.limits.picture_pixels)
 
     def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec_record = SpecRecord.from_json(stored["spec_record"])

@@ -232,7 +232,7 @@ class House:
             return False
         outcome = self._worked(job.kind, payload)
         between()
-        self.made.append((job.kind, str(job.payload.get("source") or job.payload.get("run"))))
+        self.made.append((job.kind, str(job.payload.get("source") or job.payload.get("run") or job.subject)))
         asyncio.run(self.hooks.on_outcome(job, outcome))
         match outcome.state:
             case "refused":
@@ -251,6 +251,9 @@ class House:
         if kind == "convert":
             Path(payload["output"]).write_bytes(b"model")
             return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(Path(payload["output"]),))
+        if kind == "sheet":
+            text = "\n".join(f"{Path(shown['source']).name} {shown['subject']}" for shown in payload["pictures"])
+            return Outcome("done", outputs=(_made(payload["output"], text.encode()),))
         content = Path(payload["source"]).read_bytes()
         if content in self.refuses:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))
@@ -305,9 +308,9 @@ class House:
         return self.sessions.at(path)
 
     def open_jobs(self, *kinds: str) -> list[tuple[str, str]]:
-        """Jobs that have not ended: (kind, subject)."""
+        """Jobs that have not ended: (kind, subject); the contact sheet only where it is asked for."""
         jobs = self.queue.jobs(states=OPEN)
-        return sorted((job.kind, job.subject) for job in jobs if not kinds or job.kind in kinds)
+        return sorted((job.kind, job.subject) for job in jobs if (job.kind in kinds if kinds else job.kind != "sheet"))
 
     def files(self, path: str) -> set[str]:
         """All files below a folder of the tree."""
