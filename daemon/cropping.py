@@ -21,11 +21,20 @@ from sessions.refusal import Refusal
 from sessions.spec import parse_spec
 from sessions.wishes import CODE, SUBJECTS, Wishes, parse_wishes
 
+UNMET = "unmet"
+"""The kind of a record of a wish that a picture cannot fulfil."""
 _FACELESS = frozenset({"saliency", "centre", "grounded"})
 """Findings that say that no face was found: the caption knows better, or may."""
 _GROUNDING = ("entities", "words")
 _MOST_BYTES = 1 << 20
 _WORD = re.compile(r"\w+")
+_PEOPLE = frozenset(
+    _WORD.findall(
+        """adult baby boy bride child children couple crowd face family father friend girl groom guy human kid lady male
+        man men mother people person player singer student toddler woman women"""
+    )
+)
+"""Nouns whose subject is a face, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,13 @@ def _content(file: Path) -> bytes:
 
 
 def crop_parameters(
-    own: Mapping[str, Any], relative: str, rules: CropRules, made: Record | None, caption: Record | None
+    own: Mapping[str, Any],
+    relative: str,
+    rules: CropRules,
+    made: Record | None,
+    caption: Record | None,
+    *,
+    unmet: Record | None = None,
 ) -> dict[str, Any] | None:
     """The parameters of the crop that a picture wants now, or None where the one that was made stands.
 
@@ -103,16 +118,21 @@ def crop_parameters(
         rules: the session's.
         made: the record of the crop of this very content, None where there is none.
         caption: the record of its caption, likewise.
+        unmet: the record of a wish that this content cannot fulfil, likewise.
     """
     before = dict(made["params"]) if made is not None else {}
-    base = _base(own, rules.wishes.of(relative), rules.mode or str(before.get("mode", own["mode"])))
-    base_before = {key: value for key, value in before.items() if key not in _GROUNDING}
-    stands = made is not None and base_before == base
-    if caption is None and stands:
-        return None
+    wish = rules.wishes.of(relative)
+    if unmet is not None and unmet.get("wish") == wish:
+        wish = {}
+    base = _base(own, wish, rules.mode or str(before.get("mode", own["mode"])))
+    stands = made is not None and {key: value for key, value in before.items() if key not in _GROUNDING} == base
     wanted = base
-    if caption is not None and _follows_caption(base, str(made.get("subject")) if made and stands else None):
-        wanted = base | _grounding(caption, rules, before)
+    if caption is not None:
+        grounding = _grounding(caption, rules.words if rules.mode is not None else before.get("words", ()))
+        if _follows(base, grounding, str(made.get("subject")) if made and stands else None):
+            wanted = base | grounding
+        elif stands:
+            return None
     elif stands:
         return None
     return None if stands and wanted == before else wanted
@@ -126,31 +146,37 @@ def _base(own: Mapping[str, Any], wish: Mapping[str, Any], mode: str) -> dict[st
     return {**base, "wish": dict(wish)} if wish and mode == "smart" else base
 
 
-def _follows_caption(base: Mapping[str, Any], found: str | None) -> bool:
-    """Whether the crop is the better for its caption's boxes; ``found``: what the crop that was made shows."""
+def _follows(base: Mapping[str, Any], grounding: Mapping[str, Any], found: str | None) -> bool:
+    """Whether the crop may be the better for its caption's boxes.
+
+    Args:
+        base: the parameters without them.
+        grounding: the boxes.
+        found: what the crop that was made without them shows, None where there is none.
+    """
     wish = base.get("wish", {})
-    if base["mode"] != "smart" or "box" in wish or wish.get("subject") == "centre":
+    subject = wish.get("subject", "")
+    if base["mode"] != "smart" or "box" in wish or subject == "centre":
         return False
-    if "exclude" in wish or wish.get("subject", "faces") not in SUBJECTS.values():
+    if "exclude" in wish or subject not in ("", *SUBJECTS.values()):
         return True
+    if subject == "segment":
+        return False
+    if found == "face":
+        # The dog of the session is trusted more than the face of whom it sits with.
+        return subject == "" and any(not _stems(word) & _PEOPLE for word in grounding.get("words", ()))
     return found is None or found in _FACELESS
 
 
-def _grounding(caption: Record, rules: CropRules, before: Mapping[str, Any]) -> dict[str, Any]:
+def _grounding(caption: Record, words: Sequence[str]) -> dict[str, Any]:
     entities = [{"phrase": str(e["phrase"]), "box": list(e["box"])} for e in caption.get("entities") or ()]
     if not entities:
         return {}
-    words: Sequence[str] = rules.words if rules.mode is not None else before.get("words", ())
-    return {"entities": entities, "words": telling_words([str(e["phrase"]) for e in entities], words)}
+    return {"entities": entities, "words": spoken_words([str(e["phrase"]) for e in entities], words)}
 
 
-def telling_words(phrases: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The words that can tell the phrases of a caption apart.
-
-    So a new class in train.yaml makes again only the crops whose caption speaks of it, and of other things besides.
-    """
-    if len(set(phrases)) < 2:
-        return []
+def spoken_words(phrases: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words that the phrases of a caption speak of: another class makes again only the crops that it concerns."""
     spoken = {stem for phrase in phrases for stem in _stems(phrase)}
     return [word for word in words if spoken & _stems(word)]
 

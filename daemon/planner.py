@@ -10,6 +10,7 @@ from pathlib import Path
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.jobs import JobRequest
+from daemon.looks import hints, unmet_wish
 from daemon.prepare import base_name, wants_generated
 from daemon.routing import (
     PictureRules,
@@ -27,7 +28,6 @@ from handlers.context import Waiting
 from handlers.models import registry
 from sessions import layout
 from sessions.errors import error_path, remove_error, write_error
-from sessions.health import review
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
 from sessions.wishes import CODE
@@ -35,7 +35,6 @@ from sessions.wishes import CODE
 FEWEST_PICTURES = 3
 # A larger set is looked at as a whole only when all of it is done.
 _MANY = 2000
-_NAMED = 5
 _SHEET_REST = 10.0
 """Seconds without a change after which the contact sheet is drawn."""
 
@@ -118,8 +117,8 @@ class Planner:
             OSError: the session's folder cannot be read or written.
         """
         plan = Plan()
-        self._tell_of_wishes(session)
         pictures = Pictures.of(session, self.pictures(session, shape), self.rules)
+        self._tell_of_wishes(session, pictures)
         self._plan_run(session, pictures, plan)
         self._plan_looks(session, pictures, plan)
         plan.requests += convert_requests(session)
@@ -136,16 +135,17 @@ class Planner:
         names = [name for name in self.index.known(session.path) if layout.is_spec_name(name)]
         return min(names, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
 
-    def _tell_of_wishes(self, session: Session) -> None:
+    def _tell_of_wishes(self, session: Session, pictures: Pictures) -> None:
         """What is wrong with a crop.txt is told beside it, once it has settled."""
         rules = session.crop_rules
         name = rules.wishes_name
         if not name or self.index.lookup(session.tree_path(name)) is None:
             return
-        if rules.problem is None:
+        problem = rules.problem or unmet_wish(session, pictures.facts)
+        if problem is None:
             remove_refusal(session, name, CODE)
         else:
-            refuse(session, name, rules.problem, job=CODE)
+            refuse(session, name, problem, job=CODE)
 
     def _plan_looks(self, session: Session, pictures: Pictures, plan: Plan) -> None:
         """What people may want to look at: lines about the set, and the contact sheet."""
@@ -156,16 +156,12 @@ class Planner:
         if len(pictures.facts) > _MANY and (pictures.crops or captions):
             return  # looking at so many takes a while, and all of them will be looked at again
         crops = crops_of(session, pictures.facts.get)
-        if len(crops) >= len(pictures.facts) - pictures.refused:
-            plan.hints += review(crops)
-        if names := session.crop_rules.wishes.unmatched(list(pictures.facts)):
-            shown = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
-            plan.hints.append(f"{session.crop_rules.wishes_name} names what is no picture here: {shown}.")
-        if pictures.crops or captions:
+        complete = len(crops) >= len(pictures.facts) - pictures.refused
+        plan.hints += hints(session, pictures.facts, crops, complete=complete)
+        request = None if pictures.crops or captions else sheet_request(session, crops)
+        if request is None:
             return
         rest = min(self.quiet_needed(), _SHEET_REST) - self.quiet_for(session)
-        if (request := sheet_request(session, crops)) is None:
-            return
         if rest > 0:
             plan.look_again(max(0.5, rest))  # while pictures arrive, it would be drawn for each of them
         else:

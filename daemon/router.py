@@ -16,7 +16,7 @@ from daemon.jobs import ENDED, JobRequest, JobState
 from daemon.outcomes import forget_pictures, is_there
 from daemon.planner import Plan, Planner
 from daemon.queue import Queue
-from daemon.routing import PICTURE_KINDS, PictureRules, needs_stamp, picture_requests, sessions_touched
+from daemon.routing import PICTURE_KINDS, PICTURE_RECORDS, PictureRules, needs_stamp, picture_requests, sessions_touched
 from daemon.runs import failed_runs
 from daemon.session import Session, Sessions
 from sessions import layout
@@ -112,7 +112,7 @@ class Router:
         with suppress(OSError):
             session = self._sessions.at(folder)
             fact = self._index.lookup(session.tree_path(source))
-            if fact is not None and any(session.manifest.get(kind, source) for kind in PICTURE_KINDS):
+            if fact is not None and any(session.manifest.get(kind, source) for kind in PICTURE_RECORDS):
                 self._put(picture_requests(session, source, fact, self._rules))
 
     def vanished(self, paths: Iterable[str]) -> None:
@@ -245,7 +245,7 @@ class Router:
 
         Mostly that is told when it happens; not when it happened while no daemon ran and the index was lost.
         """
-        sources = {source for kind, source in session.manifest.records if kind in (*PICTURE_KINDS, "refused")}
+        sources = {source for kind, source in session.manifest.records if kind in PICTURE_RECORDS}
         gone = []
         for source in sources:
             place = layout.place_of(session.tree_path(source), self._shape)

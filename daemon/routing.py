@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from daemon.cropping import crop_parameters
+from daemon.cropping import UNMET, crop_parameters
 from daemon.index import Fact
 from daemon.jobs import JobRequest, job_key
 from daemon.session import Session
@@ -21,6 +21,8 @@ from sessions.layout import Shape, session_folder_of
 from sessions.manifest import Record
 
 PICTURE_KINDS = ("crop", "caption")
+PICTURE_RECORDS = (*PICTURE_KINDS, "refused", UNMET)
+"""Kinds of records about pictures."""
 _LAST_SECOND = 253_402_300_799
 """The last second of the year 9999."""
 
@@ -90,7 +92,8 @@ def wanted_parameters(
     record = _same(session, kind, relative, fact)
     own = rules.parameters(kind)
     if kind == "crop":
-        return crop_parameters(own, relative, session.crop_rules, record, _same(session, "caption", relative, fact))
+        caption, unmet = (_same(session, other, relative, fact) for other in ("caption", UNMET))
+        return crop_parameters(own, relative, session.crop_rules, record, caption, unmet=unmet)
     return None if record is not None and record.get("params") == own else own
 
 

@@ -18,16 +18,19 @@ _SMALLEST = 512
 """Pixels of the shorter side from which a picture is large enough for the bases that people use most."""
 _NAMED = 4
 _GROUPS = 3
-# Sharpness is that of the crop job (handlers/crop/health.py): below the floor a picture is blurred in any company;
-# below the ceiling it is where the others are much sharper.
-_BLURRED = 0.06
-_SHARP = 0.35
+# Sharpness is what the crop job measures, the deviation of the Laplacian of a lightness of 0..255: below the floor a
+# picture is blurred in any company; below the ceiling it is where the others are much sharper.
+_BLURRED = 5.0
+_SHARP = 20.0
 _BEHIND = 0.25
-# Exposure: the mean of the lightness, and the shares of nearly black and nearly white pixels, all 0..1.
-_DARK, _MOSTLY_DARK = 0.16, 0.75
-_BRIGHT, _MOSTLY_BRIGHT = 0.88, 0.6
+# The mean of the lightness, 0..1. A subject on a black or on a white ground is neither too dark nor too bright: most of
+# a picture may be clipped, so the bounds are wide, and more is asked for than clipped pixels.
+_DARK, _MOSTLY_DARK = 0.08, 0.3
+_BRIGHT, _MOSTLY_BRIGHT = 0.96, 0.5
 _NEAR = 6
-"""Bits of 64 by which the difference hashes of two pictures may differ that people would call the same."""
+"""Bits of 64 by which the difference hashes of two pictures may differ that people would call the same …"""
+_TELLING = 4
+"""… and at most one in so many of those that say anything: on an even ground, few of them do."""
 _MOST_COMPARED = 3000
 _HASH_BITS = 64
 
@@ -124,13 +127,18 @@ def _alike(records: Sequence[Record]) -> list[list[Record]]:
         return value
 
     for one, other in _candidates(list(by_hash)):
-        if (one ^ other).bit_count() <= _NEAR:
+        if _is_near(one, other):
             root[top(one)] = top(other)
     groups: defaultdict[int, list[Record]] = defaultdict(list)
     for value, found in by_hash.items():
         groups[top(value)] += found
     found_groups = [sorted(group, key=lambda record: str(record["source"])) for group in groups.values()]
     return sorted((group for group in found_groups if len(group) > 1), key=lambda group: str(group[0]["source"]))
+
+
+def _is_near(one: int, other: int) -> bool:
+    telling = min((one | other).bit_count(), _HASH_BITS - (one & other).bit_count())
+    return (one ^ other).bit_count() <= min(_NEAR, telling // _TELLING)
 
 
 def _candidates(hashes: Sequence[int]) -> Iterable[tuple[int, int]]:

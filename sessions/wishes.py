@@ -17,8 +17,8 @@ from typing import Any
 from sessions.layout import is_picture_name
 from sessions.refusal import Refusal
 
-CODE = "wishes"
-"""The code of a refusal of this module."""
+CODE = "wish"
+"""The code of a refusal of a wish, here or by the crop of the picture that cannot fulfil it."""
 SUBJECTS: dict[str, str | None] = {
     **dict.fromkeys(("face", "faces", "people", "heads"), "faces"),
     **dict.fromkeys(("centre", "center", "middle"), "centre"),
@@ -76,6 +76,10 @@ class Wishes:
         subject = self.subject if line is None else line.subject
         wish: dict[str, Any] = {"subject": subject} if subject else {}
         return wish | ({"exclude": list(self.exclude)} if self.exclude and subject != "centre" else {})
+
+    def line_of(self, relative: str) -> int | None:
+        """The line about this picture alone, None where there is none."""
+        return next((self.written[name][1] for name in names_of(relative) if name in self.written), None)
 
     def unmatched(self, relatives: list[str]) -> list[str]:
         """The names that no picture of the session has, as they were written."""

@@ -61,6 +61,7 @@ class House:
         quiet: seconds since the tree moved, as the watcher would say.
         needed: seconds of quiet before a run.
         refuses: pictures' contents that the crop job refuses.
+        least: the right edge that a fixed box must reach to be large enough.
         faces: pictures' contents in which the crop job finds a face; in the others, what the caption's boxes show.
         entities: a picture's content → the entities of its caption.
         payloads: the payload of every crop that was made, in order.
@@ -79,6 +80,7 @@ class House:
         self.needed = 0.0
         self.now = 1000.0
         self.refuses: set[bytes] = set()
+        self.least = 0.0
         self.faces: set[bytes] = set()
         self.entities: dict[bytes, list[dict[str, Any]]] = {}
         self.payloads: list[dict[str, Any]] = []
@@ -259,6 +261,8 @@ class House:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))
         digest = hashlib.sha256(content).hexdigest()
         if kind == "crop":
+            if payload.get("wish", {}).get("box", [0, 0, self.least])[2] < self.least:
+                return Outcome("refused", refusal=Refusal("wish", "The box is too small.", "Correct the line."))
             output = _made(payload["output"], content)
             found = "face" if content in self.faces else "grounded" if payload.get("entities") else "centre"
             facts: dict[str, Any] = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": found}

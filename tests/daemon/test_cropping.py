@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon.cropping import CropRules, crop_parameters, read_crop_rules, telling_words
+from daemon.cropping import CropRules, crop_parameters, read_crop_rules, spoken_words
 from sessions.manifest import Manifest, Record
 from sessions.wishes import Wishes, parse_wishes
 from tests.daemon.house import House, without_syncs
@@ -176,7 +176,7 @@ def test_a_picture_that_goes_while_it_is_captioned_wants_nothing(house: House) -
 # train.yaml
 
 
-def test_a_class_in_train_yaml_crops_again_what_it_can_tell_apart(house: House) -> None:
+def test_a_class_in_train_yaml_crops_again_what_speaks_of_it(house: House) -> None:
     sees(house, b"dog and ball", DOG, BALL)
     sees(house, b"dog alone", DOG)
     house.write(f"{A}/x.jpg", b"dog and ball")
@@ -189,6 +189,19 @@ def test_a_class_in_train_yaml_crops_again_what_it_can_tell_apart(house: House) 
     house.write(f"{A}/train.yaml", "class: ball\nseed: 8\nstart: now\nbase: miniature\n")
     house.settle()
     assert (crops_made(house), crops_made(house, "y.jpg")) == (3, 2)
+
+
+@pytest.mark.parametrize(("noun", "crops"), [("dog", 2), ("man", 1), ("person", 1), ("cat", 1)])
+def test_the_thing_of_the_session_is_trusted_more_than_a_face(house: House, noun: str, crops: int) -> None:
+    sees(house, b"man with dog", DOG, {"phrase": "a man", "box": [0.0, 0.0, 0.5, 1.0]})
+    house.faces.add(b"man with dog")
+    house.write(f"{A}/x.jpg", b"man with dog")
+    house.settle()
+    house.write(f"{A}/train.yaml", f"class: {noun}\nbase: miniature\n")
+    house.settle()
+    house.router.reroute()
+    assert house.open_jobs("crop") == []
+    assert crops_made(house) == crops
 
 
 @pytest.mark.parametrize("mode", ["centre", "off"])
@@ -280,7 +293,7 @@ def test_a_wish_for_a_noun_takes_the_captions_boxes_even_where_a_face_is(house: 
     assert crop(house)["params"] == {**OWN, "wish": {"subject": "dog"}, "entities": [DOG], "words": []}
 
 
-@pytest.mark.parametrize("line", ["x.jpg: 0 0 10 10", "x.jpg: centre"])
+@pytest.mark.parametrize("line", ["x.jpg: 0 0 10 10", "x.jpg: centre", "subject: segment"])
 def test_a_fixed_window_does_not_follow_the_caption(house: House, line: str) -> None:
     sees(house, b"dog", DOG)
     house.write(f"{A}/x.jpg", b"dog")
@@ -323,6 +336,52 @@ def test_a_line_that_cannot_be_used_is_told_and_the_others_count(house: House) -
     assert not told.exists()
 
 
+@pytest.mark.parametrize("lost", [(), ("queue",), ("index", "queue")])
+def test_a_wish_that_a_picture_cannot_fulfil_is_told_beside_crop_txt_and_it_is_cropped_without(
+    house: House, lost: tuple[str, ...]
+) -> None:
+    house.least = 100
+    house.pictures(A, 2)
+    wishes = house.write(f"{A}/crop.txt", "subject: dog\n0.jpg: 0 0 10 10\n1.jpg: 0 0 200 200\n")
+    house.settle()
+    told = wishes.with_name("crop.txt.error.txt")
+    assert "line 2" in told.read_text()
+    assert "0.jpg: The box is too small." in told.read_text()
+    assert not (house.root / A / "0.jpg.error.txt").exists()
+    assert crop(house, "0.jpg")["params"] == OWN
+    assert crop(house, "1.jpg")["params"]["wish"] == {"box": [0, 0, 200, 200], "unit": "pixels"}
+    made = list(house.made)
+    house.restart(*lost)
+    house.settle()
+    assert house.made == made
+    assert told.exists()
+    house.write(f"{A}/0.jpg", "a larger picture")
+    house.settle()
+    assert told.exists(), "another picture, the same mistake"
+    wishes.write_text("0.jpg: 0 0 300 300\n")
+    house.settle()
+    assert not told.exists()
+    assert crop(house, "0.jpg")["params"]["wish"] == {"box": [0, 0, 300, 300], "unit": "pixels"}
+    (house.root / A / "0.jpg").unlink()
+    house.settle()
+    assert not [kind for kind, source in Manifest.load(house.root / A).records if source == "0.jpg"]
+
+
+def test_what_crop_txt_asks_for_in_vain_is_worth_a_look(house: House) -> None:
+    for number in range(5):
+        sees(house, f"picture {number}".encode(), DOG)
+    house.faces.add(b"picture 0")
+    house.pictures(A, 5)
+    house.write(f"{A}/crop.txt", "subject: cat\n3.jpg: faces\n")
+    house.look()
+    house.work(kinds=("crop",))
+    assert not [line for line in house.plans[A].hints if "cat" in line], "its caption may show one"
+    house.settle()
+    said = house.plans[A].hints
+    assert "crop.txt asks for cat, and the caption shows no cat in 0.jpg." in said
+    assert "crop.txt asks for faces, and no face was found in 3.jpg." in said
+
+
 def test_beside_a_picture_called_crop_it_is_no_caption(house: House) -> None:
     house.write(f"{A}/crop.jpg")
     house.write(f"{A}/crop.txt", "subject: dog\n")
@@ -362,18 +421,18 @@ def test_rules_are_read_as_they_lie(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phrases", "words", "telling"),
+    ("phrases", "words", "spoken"),
     [
         (["a dog", "a ball"], ["dog"], ["dog"]),
         (["two dogs", "a ball"], ["dog"], ["dog"]),
         (["a horse", "a ball"], ["Horses"], ["Horses"]),
         (["a dog", "a ball"], ["cat", "zwx"], []),
-        (["a dog", "a dog"], ["dog"], []),
+        (["a dog"], ["dog"], ["dog"]),
         (["a golden retriever", "a ball"], ["retriever dog"], ["retriever dog"]),
     ],
 )
-def test_words_count_where_they_tell_phrases_apart(phrases: list[str], words: list[str], telling: list[str]) -> None:
-    assert telling_words(phrases, words) == telling
+def test_words_count_where_a_caption_speaks_of_them(phrases: list[str], words: list[str], spoken: list[str]) -> None:
+    assert spoken_words(phrases, words) == spoken
 
 
 _entities = st.lists(st.sampled_from([DOG, BALL]), max_size=2, unique_by=lambda entity: str(entity["phrase"]))
