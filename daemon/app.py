@@ -49,7 +49,7 @@ _QUIET_WITHOUT_EVENTS = 300.0
 _GATHER_SECONDS = 0.05
 # After so many plans, as at the first start in a large tree, memory is given back.
 _MANY_SESSIONS = 50
-_GATHER_SECONDS_AT_MOST = 5.0
+_GATHER_SECONDS_AT_MOST = 15.0
 _PENDING: tuple[JobState, ...] = ("ready", "running", "waiting")
 
 

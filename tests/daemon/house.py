@@ -254,8 +254,8 @@ class House:
             Path(payload["output"]).write_bytes(b"model")
             return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(Path(payload["output"]),))
         if kind == "sheet":
-            text = "\n".join(f"{Path(shown['source']).name} {shown['subject']}" for shown in payload["pictures"])
-            return Outcome("done", outputs=(_made(payload["output"], text.encode()),))
+            lines = [f"{Path(shown['source']).name} {shown['subject']}" for shown in payload["pictures"]]
+            return Outcome("done", outputs=(_made(payload["output"], "\n".join(lines).encode()),))
         content = Path(payload["source"]).read_bytes()
         if content in self.refuses:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))

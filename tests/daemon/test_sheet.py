@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from daemon.jobs import JobState
 from daemon.prepare import Gone
+from daemon.status import describe_session
 from sessions.layout import SHEET
 from sessions.manifest import Manifest
 from tests.daemon.house import House
 
 A = "Sessions/a"
+FAILED: tuple[JobState, ...] = ("failed",)
 
 
 @pytest.fixture
@@ -137,9 +140,7 @@ def test_its_failure_is_nobodys_trouble(house: House) -> None:
         house.now += 1000
         job = house.claim("sheet") or job
     session = house.session(A)
-    from daemon.status import describe_session
-
-    failed = house.queue.jobs(states=("failed",))
+    failed = house.queue.jobs(states=FAILED)
     assert [job.kind for job in failed] == ["sheet"]
     status = describe_session(session, failed, house.router.plan(A), 3, gates={})
     assert status.trouble == []
