@@ -31,7 +31,7 @@ STATUS = "STATUS.txt"
 SETTINGS = "fastsd.yaml"
 EXAMPLE = "train.example.yaml"
 SPEC_NAMES = ("train.yaml", "train.yml", "train.yaml.txt")
-WISHES = "crop.txt"
+WISHES_NAMES = ("crop.txt", "crop.txt.txt")
 SHEET = f"{PREVIEWS}/crops.jpg"
 ERROR_SUFFIX = ".error.txt"
 
@@ -109,7 +109,7 @@ def is_spec_name(name: str) -> bool:
 
 def is_wishes_name(name: str) -> bool:
     """Whether a file of this name, in a session's own folder, says what its crops shall show."""
-    return name.lower() == WISHES
+    return name.lower() in WISHES_NAMES
 
 
 def session_folder_of(path: str, shape: Shape) -> str | None:

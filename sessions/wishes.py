@@ -70,6 +70,8 @@ class Wishes:
         Args:
             relative: the picture's path in the session.
         """
+        if not self.pictures and not self.subject and not self.exclude:
+            return {}
         line = next((self.pictures[name] for name in names_of(relative) if name in self.pictures), None)
         if line is not None and line.box is not None:
             return {"box": list(line.box), "unit": line.unit}
