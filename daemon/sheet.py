@@ -97,7 +97,7 @@ def sheet_payload(session: Session, sheet: Sheet, pixel_limit: int) -> dict[str,
         {
             "source": os.fspath(session.folder / record["source"]),
             "box": record["box"],
-            "subject": record.get("subject"),
+            "subject": "fixed" if "box" in (record.get("params") or {}).get("wish", {}) else record.get("subject"),
             "wished": is_wished(record),
         }
         for record in sheet.records

@@ -43,7 +43,7 @@ class Shown:
     Attributes:
         source: the picture.
         box: its window, (x0, y0, x1, y1) in upright source pixels.
-        finding: what its crop was made around: ``face``, ``grounded`` …
+        finding: what its crop was made around: ``face``, ``grounded`` …; ``fixed`` where a person said where it is.
         wished: whether a person asked for it.
     """
 
@@ -63,6 +63,8 @@ class Shown:
     @property
     def label(self) -> str:
         """The word under the picture."""
+        if self.finding == "fixed":
+            return "as wished"
         return f"{self.finding}, as wished" if self.wished else self.finding
 
 
