@@ -18,6 +18,7 @@ from daemon.routing import (
     convert_requests,
     publish_requests,
     run_for,
+    same_content,
     train_request,
     wanted_kinds,
 )
@@ -80,7 +81,8 @@ class Pictures:
     def of(cls, session: Session, facts: Mapping[str, Fact], rules: PictureRules) -> Pictures:
         """Count what the pictures of a session want."""
         wanted = [wanted_kinds(session, relative, fact, rules) for relative, fact in facts.items()]
-        refused = sum(session.manifest.get("refused", relative) is not None for relative in facts)
+        refusals = ((session.manifest.get("refused", relative), fact) for relative, fact in facts.items())
+        refused = sum(record is not None and same_content(record, fact) for record, fact in refusals)
         return cls(
             facts, sum("crop" in kinds for kinds in wanted), sum("caption" in kinds for kinds in wanted), refused
         )

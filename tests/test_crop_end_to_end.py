@@ -82,11 +82,11 @@ def test_crops_follow_their_captions_and_a_class_whatever_is_killed_and_lost(
 ) -> None:
     fill(session / "instance_images")
     daemon.start()
-    until(lambda: daemon.manifest(session).of_kind("caption"), f"a caption; log: {daemon.log}", 400)
+    until(lambda: daemon.manifest(session).of_kind("caption"), f"a caption; log: {daemon.log}", 240)
     daemon.kill()
     shutil.rmtree(daemon.state.folder)
     daemon.start()
-    until(lambda: grounded(daemon, session), f"crops with boxes; log: {daemon.log}", 400)
+    until(lambda: grounded(daemon, session), f"crops with boxes; log: {daemon.log}", 240)
     until(lambda: settled(daemon), "all is done")
     assert max(lines(session).values()) <= 2, "once for the picture, once for its caption"
     assert max(lines(session, "caption").values()) == 1
