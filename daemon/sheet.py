@@ -76,7 +76,7 @@ def sheet_request(session: Session, crops: Iterable[Record]) -> JobRequest | Non
     if stands or not sheet.records or session.source_of("crops.jpg"):
         return None
     key = job_key(KIND, session.id, parameters)
-    return JobRequest(key, KIND, session.id, layout.SHEET, {"params": parameters})
+    return JobRequest(key, KIND, session.id, "contact sheet", {"params": parameters})
 
 
 def remove_sheet(session: Session) -> None:

@@ -59,7 +59,7 @@ def test_it_is_not_drawn_again_when_nothing_changed(house: House, lost: tuple[st
     draw(house)
     house.restart(*lost)
     assert draw(house) == 0
-    assert house.made.count(("sheet", SHEET)) == 1
+    assert house.made.count(("sheet", "contact sheet")) == 1
 
 
 def test_it_is_drawn_again_for_another_window_or_another_picture_or_when_somebody_removed_it(house: House) -> None:
