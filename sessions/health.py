@@ -23,10 +23,8 @@ _GROUPS = 3
 _BLURRED = 5.0
 _SHARP = 20.0
 _BEHIND = 0.25
-# The mean of the lightness, 0..1. A subject on a black or on a white ground is neither too dark nor too bright: most of
-# a picture may be clipped, so the bounds are wide, and more is asked for than clipped pixels.
-_DARK, _MOSTLY_DARK = 0.08, 0.3
-_BRIGHT, _MOSTLY_BRIGHT = 0.96, 0.5
+# The mean of the lightness, 0..1. The bounds are wide: a subject before a black or a white ground is neither.
+_DARK, _BRIGHT = 0.08, 0.96
 _NEAR = 6
 """Bits of 64 by which the difference hashes of two pictures may differ that people would call the same …"""
 _TELLING = 4
@@ -115,7 +113,7 @@ def _alike(records: Sequence[Record]) -> list[list[Record]]:
     by_hash: defaultdict[int, list[Record]] = defaultdict(list)
     for record in records:
         value = _hash(record)
-        if value is not None:
+        if value is not None and _is_near(value, value):  # else it says nothing, as of a page or a wall
             by_hash[value].append(record)
     if len(by_hash) > _MOST_COMPARED:
         return []
@@ -138,7 +136,8 @@ def _alike(records: Sequence[Record]) -> list[list[Record]]:
 
 def _is_near(one: int, other: int) -> bool:
     telling = min((one | other).bit_count(), _HASH_BITS - (one & other).bit_count())
-    return (one ^ other).bit_count() <= min(_NEAR, telling // _TELLING)
+    limit = min(_NEAR, telling // _TELLING)
+    return limit > 0 and (one ^ other).bit_count() <= limit
 
 
 def _candidates(hashes: Sequence[int]) -> Iterable[tuple[int, int]]:
@@ -178,13 +177,13 @@ def _is_blurred(record: Record, typical: float) -> bool:
 
 
 def _is_dark(record: Record, _typical: float) -> bool:
-    mean, dark = _number(record, "exposure", "mean"), _number(record, "exposure", "dark")
-    return mean is not None and dark is not None and (mean < _DARK and dark > _MOSTLY_DARK)
+    mean = _number(record, "exposure", "mean")
+    return mean is not None and mean < _DARK
 
 
 def _is_bright(record: Record, _typical: float) -> bool:
-    mean, bright = _number(record, "exposure", "mean"), _number(record, "exposure", "bright")
-    return mean is not None and bright is not None and (mean > _BRIGHT and bright > _MOSTLY_BRIGHT)
+    mean = _number(record, "exposure", "mean")
+    return mean is not None and mean > _BRIGHT
 
 
 def _is_small(record: Record, _typical: float) -> bool:
