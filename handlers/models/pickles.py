@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LARGEST_PICKLE = 64 << 20
-_STORAGES = {
+STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
     "BFloat16Storage": "BF16",
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter",
         "torch.Size",
-        *(f"torch.{storage}" for storage in _STORAGES),
+        *(f"torch.{storage}" for storage in STORAGES),
     }
 )
 _STRINGS = frozenset(
@@ -62,7 +62,7 @@ class PickleContents:
     @property
     def dtypes(self) -> set[str]:
         """The dtypes of its storages."""
-        return {dtype for storage, dtype in _STORAGES.items() if f"torch.{storage}" in self.imports}
+        return {dtype for storage, dtype in STORAGES.items() if f"torch.{storage}" in self.imports}
 
 
 def read_contents(path: Path) -> PickleContents:
