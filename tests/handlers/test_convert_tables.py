@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from handlers.convert import configure
 from handlers.convert.families import FAMILIES
 from handlers.convert.header import TensorEntry, bytes_of
 from handlers.convert.keymap import Component
 from handlers.convert.plan import Located, to_components, to_single
+from handlers.convert.vocabulary import write_clip
 
 DATA = Path(configure.__file__).parent / "configs"
 # Published counts of parameters.
@@ -123,3 +125,13 @@ def test_a_key_that_no_table_knows_is_none_or_comes_back(key: str) -> None:
         match = component.match_diffusers(key)
         if match and component.rules:
             assert component.match_single(match.single) == match
+
+
+def test_the_tokenizer_that_comes_with_fastsd_is_clips(tmp_path: Path) -> None:
+    write_clip(tmp_path, "!")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(tokenizer) == 49408
+    # Known from CLIP's own: start, "a photo of a cat", end.
+    assert tokenizer("A photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    padded = tokenizer("a", padding="max_length").input_ids
+    assert padded == [49406, 320, 49407] + [0] * 74
