@@ -95,6 +95,7 @@ def measured(command: Sequence[str]) -> tuple[float, float]:
     Raises:
         RuntimeError: it failed.
     """
+    os.sync()  # what earlier ones left to write is not this one's
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=HERE)
     _, status, usage = os.wait4(process.pid, 0)
@@ -157,12 +158,11 @@ def main() -> None:
         measured([sys.executable, "-c", _BACK, str(single), str(top / "made"), "all"])
         measured([sys.executable, "-c", _CONVERT, str(top / "made"), str(top / "made.safetensors"), "all"])
         print(f"round trip: {'identical' if same(single, top / 'made.safetensors') else 'DIFFERENT'}")
-    base = statistics.median(seconds for seconds, _ in found["cp + sync"])
     for name, rows in found.items():
         seconds = statistics.median(row[0] for row in rows)
         ratios = [row[0] / copy[0] for row, copy in zip(rows, found["cp + sync"], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{name:<28} {seconds:6.2f} s  {seconds / base:5.2f} x ({spread})  {max(row[1] for row in rows):7.1f} MB")
+        spread = f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:<28} {seconds:6.2f} s  {spread:<24} {max(row[1] for row in rows):7.1f} MB")
 
 
 def same(left: Path, right: Path) -> bool:

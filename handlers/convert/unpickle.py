@@ -33,7 +33,7 @@ _LOCAL_HEADER = 30
 class _Storage(NamedTuple):
     key: str
     dtype: str
-    count: int
+    size: int
 
 
 class _View(NamedTuple):
@@ -159,13 +159,13 @@ def _start(file: io.BufferedReader, member: zipfile.ZipInfo) -> int:
 def _extent(name: str, view: _View, start: int, member: zipfile.ZipInfo) -> tuple[int, int]:
     if not all(type(number) is int and number >= 0 for number in (view.offset, *view.shape, *view.strides)):
         raise ValueError(f"{name} has numbers that are no sizes")
-    expected = 1
+    numbers, expected = prod(view.shape), 1
     for side, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
-        if side != 1 and stride != expected and prod(view.shape):
+        if side != 1 and stride != expected and numbers:
             raise ValueError(f"the numbers of {name} do not lie in order; save it as .safetensors")
         expected *= side
     size = BITS[view.storage.dtype] // 8
-    begin, length = view.offset * size, prod(view.shape) * size
+    begin, length = view.offset * size, numbers * size
     if begin + length > member.file_size:
         raise ValueError(f"{name} is longer than its storage")
     return start + begin, start + begin + length

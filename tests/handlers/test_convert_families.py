@@ -308,3 +308,31 @@ def test_neither_way_of_copying_imports_torch(folders: Callable[[str], Path], tm
     )
     there, back = tmp_path / "m.ckpt", tmp_path / "back"
     subprocess.run([sys.executable, "-c", program, str(folders("sd1")), str(there), str(back)], check=True)
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from handlers.convert.job import convert, convert_single
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+source, target, like = map(Path, sys.argv[1:])
+try:
+    if source.is_dir():
+        convert(source, target)
+    else:
+        convert_single(source, target, cache=target.parent, like=like)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("target", ["m.safetensors", "m.ckpt", "folder"])
+def test_a_write_that_fails_half_way_leaves_nothing(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path, target: str
+) -> None:
+    source = singles("sd1") if target == "folder" else folders("sd1")
+    command = [sys.executable, "-c", _LIMITED, str(source), str(tmp_path / target), str(folders("sd1"))]
+    told = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert told.stdout.strip() == "File too large"
+    assert list(tmp_path.iterdir()) == []
