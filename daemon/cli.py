@@ -128,6 +128,7 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("destination", type=Path, metavar="DST")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="the precision (default: as it is)")
+    convert.add_argument("--vae", metavar="VAE", help="of a folder: another VAE to put in, or none")
     convert.add_argument("--like", type=Path, metavar="FOLDER", help="of a file: a Diffusers folder of the same shape")
     convert.add_argument("--weights", choices=("trained", "ema"), default="trained", help="of a file: which weights")
     convert.add_argument("--verify", choices=("header", "sample", "all", "forward"), default="sample")

@@ -112,6 +112,7 @@ def convert(arguments: argparse.Namespace) -> int:
         "verify": arguments.verify,
         "like": os.fspath(arguments.like.absolute()) if arguments.like else None,
         "weights": arguments.weights,
+        "vae": arguments.vae if arguments.vae in (None, "none") else os.fspath(Path(arguments.vae).absolute()),
     }
 
     def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:

@@ -146,4 +146,4 @@ def _prove_forward(folder: Path, family: Family, single: Single, plan: Mapping[s
             "Use --verify all.",
         )
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    compare_forward(single.path, folder, family, device, kinds.get(plan[family.drawing.name][0].dtype))
+    compare_forward(single.path, folder, family, device, dtype=kinds.get(plan[family.drawing.name][0].dtype))

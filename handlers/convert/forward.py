@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ _FAILURES = (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, A
 
 
 def compare_forward(
-    file: Path, folder: Path, family: Family, device: str = "cpu", dtype: torch.dtype | None = None
+    file: Path,
+    folder: Path,
+    family: Family,
+    device: str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    names: Collection[str] | None = None,
 ) -> None:
     """Load both models component by component, compare their weights exactly and their outputs on fixed inputs.
 
@@ -45,12 +51,15 @@ def compare_forward(
         family: its family.
         device: where to compute.
         dtype: the type of the one that was written; None: the file was.
+        names: the components to compare; None: all.
 
     Raises:
         Unproven: diffusers cannot load the file, a weight differs, or an output does.
     """
     quiet_libraries()
-    for name, ours, theirs in _components(file, folder, family, dtype or _dtype_of(file, family)):
+    every = [part.name for part in family.components]
+    wanted = [name for name in every if names is None or name in names]
+    for name, ours, theirs in _components(file, folder, family, wanted, dtype or _dtype_of(file, family)):
         _compare_weights(name, ours, theirs)
         _compare_outputs(name, ours, theirs, device)
 
@@ -63,7 +72,9 @@ def _dtype_of(file: Path, family: Family) -> torch.dtype:
     raise Unproven(f"the file holds no {family.drawing.name}")
 
 
-def _components(file: Path, folder: Path, family: Family, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+def _components(
+    file: Path, folder: Path, family: Family, wanted: Collection[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Any, Any]]:
     settings: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
     index = json.loads((folder / "model_index.json").read_bytes())
 
@@ -73,15 +84,17 @@ def _components(file: Path, folder: Path, family: Family, dtype: torch.dtype) ->
     names = [part.name for part in family.components]
     absent: dict[str, Any] = {}
     for name in names:
-        if not name.startswith("text_encoder"):
-            absent[name] = None
+        if name.startswith("text_encoder"):
+            continue
+        absent[name] = None
+        if name in wanted:
             yield name, _load(_class(index, name).from_single_file, file, subfolder=name, **settings), theirs(name)
     if family.name == "sdxl-refiner":
         absent |= {"text_encoder": None, "tokenizer": None}
     if family.name.startswith("sd") and not family.name.startswith("sdxl"):
         absent["safety_checker"] = None
     pipeline = _load(getattr(diffusers, _PIPELINES[family.name]).from_single_file, file, **absent, **settings)
-    for name in names:
+    for name in wanted:
         if name.startswith("text_encoder"):
             yield name, getattr(pipeline, name), theirs(name)
 

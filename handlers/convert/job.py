@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert.ask import DTYPES, Converted, Verify, Weights
@@ -23,7 +23,8 @@ class ConvertHandler:
 
         Payload: ``source`` (a Diffusers folder, or one file), ``output`` (one file, or the folder to make), ``dtype``
         (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
-        beside the model), ``run``; of a file also ``like`` (a Diffusers folder of the same shape) and ``weights``.
+        beside the model), ``run``, ``vae`` (another one to put in, or ``none``); of a file also ``like`` (a Diffusers
+        folder of the same shape) and ``weights``.
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -59,6 +60,7 @@ class ConvertHandler:
             dtype=payload.get("dtype"),
             metadata=payload.get("metadata") or {},
             verify=verify,
+            vae=_vae_of(payload.get("vae")),
             device=context.device,
             progress=progress,
         )
@@ -89,6 +91,12 @@ def _verify_of(value: object) -> Verify:
     if value is None:
         return "forward"
     raise Refusal("verify", f"There is no proof called {value}.", f"Use one of {', '.join(get_args(Verify))}.")
+
+
+def _vae_of(value: object) -> Path | Literal["keep", "none"]:
+    if value in (None, "keep"):
+        return "keep"
+    return "none" if value == "none" else Path(str(value))
 
 
 def _weights_of(value: object) -> Weights:

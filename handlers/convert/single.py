@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from handlers.convert import families
 from handlers.convert.ask import Converted, Progress, Verify, check_room, dtype_of, silent
 from handlers.convert.checkpoint import write_checkpoint
+from handlers.convert.exchange import read_vae
 from handlers.convert.families import FAMILIES, Family
 from handlers.convert.plan import Entry, Located, as_type, canonical, to_components, to_single, with_ties
 from handlers.convert.source import Pipeline, locate, read_pipeline, tensors_of
@@ -30,6 +32,7 @@ def convert(
     dtype: str | None = None,
     metadata: Mapping[str, object] | None = None,
     verify: Verify = "sample",
+    vae: Path | Literal["keep", "none"] = "keep",
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Converted:
@@ -42,6 +45,7 @@ def convert(
         metadata: title, date, trigger_phrase … for the header.
         verify: how far to prove it: ``header``, ``sample`` (parts of every tensor), ``all`` (every byte), ``forward``
             (``all``, then loaded by diffusers and compared in weights and outputs; imports torch).
+        vae: ``keep`` the model's own, ``none``: leave it out, or another one, a file or folder, to put in.
         device: for ``forward``.
         progress: called with (bytes done, bytes in all, what is done); may raise to stop.
 
@@ -62,6 +66,12 @@ def convert(
     pipeline = read_pipeline(source)
     family = FAMILIES[pipeline.family]
     found = read_folder(source, family)
+    kept = [part.name for part in family.components]
+    if vae != "keep":
+        kept.remove("vae")
+        own = found.pop("vae")
+        if isinstance(vae, Path):
+            found["vae"] = _fitting(vae, family, own)
     whole = with_ties(family.components, to_single(family.components, found, family.name))
     plan = [*as_type(whole, wanted), *_marks(pipeline)]
     total = sum(entry.length for entry in plan)
@@ -84,11 +94,24 @@ def convert(
             from handlers.convert.forward import compare_forward  # torch: only for this proof
 
             progress(total, total, "checking that it computes the same")
-            compare_forward(temporary, source, family, device)
+            compare_forward(temporary, source, family, device, names=kept)
         # Measured while it has no name yet: whoever sees the name may move the file at once.
         size = temporary.stat().st_size
         beside = _write_beside(pipeline, output)
     return Converted(output, pipeline, size, len(plan), verify, time.monotonic() - began, beside)
+
+
+def _fitting(vae: Path, family: Family, own: Mapping[str, Located]) -> dict[str, Located]:
+    """Another VAE, of the same shape as the model's own."""
+    component = next(part for part in family.components if part.name == "vae")
+    other = read_vae(vae, component)
+    for name in sorted({*own, *other}):
+        shapes = [tensors[name].tensor.shape if name in tensors else None for tensors in (own, other)]
+        if shapes[0] != shapes[1]:
+            raise Refusal(
+                "source", f"{vae.name} differs from the model's own VAE in {name}.", "Name a VAE of its family."
+            )
+    return other
 
 
 def read_folder(folder: Path, family: Family) -> dict[str, dict[str, Located]]:

@@ -19,6 +19,7 @@ import torch
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 
+from handlers.convert.ask import Verify
 from handlers.convert.families import FAMILIES
 from handlers.convert.folder import convert_single
 from handlers.convert.forward import compare_forward
@@ -336,3 +337,40 @@ def test_a_write_that_fails_half_way_leaves_nothing(
     told = subprocess.run(command, capture_output=True, check=True, text=True)
     assert told.stdout.strip() == "File too large"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["pipeline", "folder", "diffusers file", "original file"])
+def test_another_vae_is_put_in(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path, form: str
+) -> None:
+    own, other = singles("sd1"), tmp_path / "other"
+    shutil.copytree(folders("sd1"), other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    want = load_file(convert(other, tmp_path / "other.safetensors").output)
+    vae = {"pipeline": other, "folder": other / "vae", "diffusers file": weights}.get(
+        form, tmp_path / "vae.safetensors"
+    )
+    if form == "original file":
+        prefix = "first_stage_model."
+        save_file({name.removeprefix(prefix): value for name, value in want.items() if name.startswith(prefix)}, vae)
+    verify: Verify = "forward" if form == "folder" else "all"
+    have = load_file(convert(folders("sd1"), tmp_path / "m.safetensors", vae=vae, verify=verify).output)
+    assert have.keys() == want.keys()
+    assert all(torch.equal(have[name], want[name]) for name in want)
+    assert not torch.equal(
+        have["first_stage_model.quant_conv.bias"], load_file(own)["first_stage_model.quant_conv.bias"]
+    )
+
+
+def test_the_vae_may_be_left_out_and_one_of_another_shape_is_refused(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = convert(folders("sd2"), tmp_path / "m.safetensors", vae="none", verify="forward")
+    left = {name for name in load_file(singles("sd2")) if not name.startswith("first_stage_model.")}
+    assert load_file(made.output).keys() == left
+    assert inspect(made.output).problems == ["It has no VAE."]
+    with pytest.raises(Refusal, match="differs from the model's own VAE"):
+        convert(folders("sd1"), tmp_path / "n.safetensors", vae=folders("flux"))
+    with pytest.raises(Refusal, match="no VAE of this family"):
+        convert(folders("sd1"), tmp_path / "n.safetensors", vae=singles("sd1"))
