@@ -19,14 +19,17 @@ import torch
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import load_file, save_file
 
+from handlers.context import JobContext
 from handlers.convert.ask import Verify
 from handlers.convert.families import FAMILIES
 from handlers.convert.folder import convert_single
 from handlers.convert.forward import compare_forward
+from handlers.convert.job import ConvertHandler
 from handlers.convert.quiet import quiet_libraries
 from handlers.convert.single import convert, prove, read_folder
 from handlers.convert.verify import Unproven
 from handlers.models.inspect import inspect
+from sessions import files
 from sessions.refusal import Refusal
 from tests.handlers import convert_models
 
@@ -374,3 +377,38 @@ def test_the_vae_may_be_left_out_and_one_of_another_shape_is_refused(
         convert(folders("sd1"), tmp_path / "n.safetensors", vae=folders("flux"))
     with pytest.raises(Refusal, match="no VAE of this family"):
         convert(folders("sd1"), tmp_path / "n.safetensors", vae=singles("sd1"))
+
+
+_PAUSED = """
+import sys
+from pathlib import Path
+from handlers.convert.job import convert_single
+def progress(done, total, note):
+    if done > total // 2:
+        print(note, flush=True)
+        sys.stdin.readline()
+source, target, like = map(Path, sys.argv[1:])
+convert_single(source, target, cache=target.parent, like=like, progress=progress)
+"""
+
+
+def test_killed_mid_write_no_folder_exists_and_the_handler_tries_again(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    target, like = tmp_path / "folder", folders("sd2")
+    command = [sys.executable, "-c", _PAUSED, str(singles("sd2")), str(target), str(like)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    with process:
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+    assert [path.name.startswith(files.TEMPORARY_PREFIX) for path in tmp_path.iterdir()] == [True]
+    payload = {"source": str(singles("sd2")), "output": str(target), "dtype": "fp16", "like": str(like)}
+    context = JobContext(1, "convert", payload, "cpu", tmp_path, lambda *_: None, lambda: False, lambda: False)
+    result = ConvertHandler().run(context)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert list(result.outputs) == [target]
+    told = {key: result.facts[key] for key in ("family", "prediction", "verified", "sha256")}
+    assert told == {"family": "sd2", "prediction": "v", "verified": "forward", "sha256": None}
+    assert inspect(target).dtype == "F16"
+    assert inspect(target).problems == []
