@@ -17,7 +17,7 @@ class Family:
     """One family.
 
     Attributes:
-        name: sd1, sd2, sdxl or flux, as everywhere; the refiner is another family here: it has its own table.
+        name: sd1, sd2, sdxl or flux, as everywhere; the refiner is a family here, since it has a table of its own.
         components: its tables.
         architecture: modelspec's name of it.
         implementation: modelspec's address of the code that defines the single file's layout.

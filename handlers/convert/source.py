@@ -41,6 +41,11 @@ class Pipeline:
     resolution: int
     zero_snr: bool = False
 
+    @property
+    def spoken(self) -> tuple[str, str]:
+        """Family and variant as ``inspect`` tells them: the refiner is a variant of SDXL, with a table of its own."""
+        return ("sdxl", "refiner") if self.family == "sdxl-refiner" else (self.family, self.variant)
+
 
 def read_pipeline(folder: Path) -> Pipeline:
     """Read what kind of pipeline lies in a folder.

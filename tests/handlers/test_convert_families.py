@@ -92,6 +92,7 @@ def test_diffusers_reads_the_same_model(folders: Callable[[str], Path], tmp_path
     assert found.family == name.split("-", maxsplit=1)[0]
     assert found.prediction == {"sd2": "v", "flux": "flow"}.get(name, "epsilon")
     assert found.variant == (name.partition("-")[2] or "base")
+    assert made.pipeline.spoken == (found.family, found.variant)
 
 
 @pytest.mark.parametrize("name", convert_models.FAMILIES)
