@@ -138,10 +138,15 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     train.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with pictures and perhaps a train.yaml")
     train.add_argument("--base", metavar="NAME", help="the base, where train.yaml names none")
     train.add_argument("--captioner", metavar="NAME", help="the captioner (default: as in fastsd.yaml)")
-    convert = _command(commands, "convert", "oneoffs:convert", "convert a Diffusers folder into one file")
+    convert = _command(
+        commands, "convert", "oneoffs:convert", "convert a Diffusers folder into one file, or a file into a folder"
+    )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("destination", type=Path, metavar="DST")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="the precision (default: as it is)")
+    convert.add_argument("--vae", metavar="VAE", help="of a folder: another VAE to put in, or none")
+    convert.add_argument("--like", type=Path, metavar="FOLDER", help="of a file: a Diffusers folder of the same shape")
+    convert.add_argument("--weights", choices=("trained", "ema"), default="trained", help="of a file: which weights")
     convert.add_argument("--verify", choices=("header", "sample", "all", "forward"), default="sample")
     inspect = _command(commands, "inspect", "oneoffs:inspect", "say what a model file is")
     inspect.add_argument("files", type=Path, nargs="+", metavar="FILE")

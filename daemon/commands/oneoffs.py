@@ -117,19 +117,19 @@ def caption(arguments: argparse.Namespace) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """``fastsd convert SRC DST``."""
+    """``fastsd convert SRC DST``: a Diffusers folder into one file, or a file into a folder."""
     destination: Path = arguments.destination.absolute()
-    if not arguments.source.is_dir():
-        return complain(
-            f"{arguments.source} is no Diffusers folder. Only Diffusers → one file is there so far.",
-            FAILED,
-        )
+    if not arguments.source.exists():
+        return complain(f"{arguments.source}: there is no such file or folder", FAILED)
     payload = {
         "source": os.fspath(arguments.source.absolute()),
         "output": os.fspath(destination),
         "dtype": arguments.dtype,
         "metadata": {},
         "verify": arguments.verify,
+        "like": os.fspath(arguments.like.absolute()) if arguments.like else None,
+        "weights": arguments.weights,
+        "vae": arguments.vae if arguments.vae in (None, "none") else os.fspath(Path(arguments.vae).absolute()),
     }
 
     def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
