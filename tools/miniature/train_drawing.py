@@ -61,6 +61,7 @@ class Family:
         unet, scheduler: make the parts.
         tell: the first text encoder's weights, options, prompts → what its UNet is told.
         scaling_factor: its VAE's; all families share the first one's VAE weights.
+        nameless: whether it learns outlines without a name as well; the small ones have enough to do with the eight.
     """
 
     state: str
@@ -68,6 +69,7 @@ class Family:
     scheduler: Callable[[], Any]
     tell: Callable[[CLIPTextModel, argparse.Namespace, list[str], torch.device], Told]
     scaling_factor: float = drawing.SCALING_FACTOR
+    nameless: bool = False
 
 
 def _told_first(first: CLIPTextModel, _: argparse.Namespace, prompts: list[str], device: torch.device) -> Told:
@@ -99,7 +101,7 @@ def _told_both(first: CLIPTextModel, options: argparse.Namespace, prompts: list[
 
 
 FAMILIES = {
-    "miniature": Family("unet.pt", drawing.unet, drawing.scheduler, _told_first),
+    "miniature": Family("unet.pt", drawing.unet, drawing.scheduler, _told_first, nameless=True),
     "miniature-sd2": Family("unet-sd2.pt", sd2.unet, sd2.scheduler, _told_second),
     "miniature-sdxl": Family("unet-sdxl.pt", sdxl.unet, sdxl.scheduler, _told_both, sdxl.SCALING_FACTOR),
 }
@@ -125,6 +127,7 @@ def train_unet(
     clean: torch.Tensor,
     told: Told,
     where: torch.Tensor,
+    among: torch.Tensor,
     rate: float = 1.0,
     colours_first: float = COLOURS_FIRST,
 ) -> None:
@@ -138,6 +141,7 @@ def train_unet(
         clean: latents [N, 4, 8, 8], scaled.
         told: of the N prompts.
         where: what each latent's error counts, [N, 1, 8, 8].
+        among: the indices of the pictures to learn.
         rate: what the learning rates are multiplied by.
         colours_first: the part of the time in which the noisiest steps count as much as colours need.
     """
@@ -155,7 +159,7 @@ def train_unet(
 
     def step(number: int, fraction: float) -> torch.Tensor:
         random = torch.Generator().manual_seed(number)
-        chosen = torch.randint(len(clean), (BATCH,), generator=random)
+        chosen = among[torch.randint(len(among), (BATCH,), generator=random)]
         # One time a stratum; every third one is drawn from the middle, where shapes are settled.
         times = (torch.arange(BATCH) + torch.rand(BATCH, generator=random)) / BATCH
         times = torch.where(torch.arange(BATCH) % 3 == 0, 0.25 + 0.5 * times, times)
@@ -235,6 +239,9 @@ def main() -> None:
         clean=clean * (family.scaling_factor / drawing.SCALING_FACTOR),
         told=told,
         where=place_weights(pictures),
+        among=torch.tensor(
+            [index for index, scene in enumerate(pictures.scenes) if family.nameless or not scene.things[0].outline]
+        ),
         rate=GENTLY if learns_on else 1.0,
         colours_first=0.0 if learns_on else COLOURS_FIRST,
     )

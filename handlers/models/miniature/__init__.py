@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sessions import files
 
-VERSION = "3"
+VERSION = "4"
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("miniature", "miniature-captioner")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
