@@ -137,6 +137,8 @@ class Preparer:
             "preview": os.fspath(session.folder / layout.PREVIEWS / f"{stem}.jpg"),
             "written": record.get("text_sha256"),
             **stored["params"],
+            "precision": self.settings.caption.precision,
+            "check": self.settings.caption.check,
             "models": self.models,
             "pixel_limit": self.settings.limits.picture_pixels,
         }
