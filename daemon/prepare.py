@@ -254,6 +254,8 @@ def training_pictures(session: Session, index: Index) -> list[dict[str, Any]]:
                 "noun": next((noun_of(entity["phrase"]) for entity in caption.get("entities", ())), None),
                 "caption": chosen.line if chosen else None,
                 "caption_by": None if chosen is None else "fastsd" if chosen.origin == "generated" else "person",
+                # Where the phrases of our own line stand in it, so that training can put its token there.
+                "entities": caption.get("entities", []) if chosen and chosen.origin == "generated" else [],
             },
         )
     return pictures

@@ -46,3 +46,13 @@ KINDS: dict[str, Kind] = {
         Kind("publish", "handlers.publish.job:PublishHandler", "net", attempts=5, silence=1800.0, priority=20),
     )
 }
+
+# Only for the command line: the daemon never queues them.
+ONE_OFF_KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("attention", "handlers.caption.look:AttentionHandler", "gpu", silence=1800.0),
+        Kind("features", "handlers.caption.look:FeaturesHandler", "gpu", silence=1800.0),
+        Kind("export", "handlers.caption.onnx_export:ExportHandler", "cpu", silence=7200.0),
+    )
+}

@@ -14,8 +14,8 @@ from sessions.captions import one_line
 def answered(question: Question, prompt: str, said: Spoken) -> dict[str, Any]:
     """A question with its answer: ``kind``, what was asked, ``prompt``, ``raw``, ``answer`` and ``entities``.
 
-    For ``ground`` the entities are where the phrase is (none: the model did not find it), and ``answer`` is empty. The box of
-    ``refer`` is the person's, not the model's, and is not among the entities.
+    For ``ground`` the entities are where the phrase is (none: the model did not find it), and ``answer`` is empty. The
+    box of ``refer`` is the person's, not the model's, and is not among the entities.
     """
     if question.kind == "ground":
         # The phrase stands in the prompt, its boxes behind it; what the model says about other things does not count.

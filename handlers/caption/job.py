@@ -15,6 +15,7 @@ from handlers.caption.answers import answered
 from handlers.caption.boxes import parse
 from handlers.caption.clean import NEUTRAL, Entity, clean, place
 from handlers.caption.draw import LONG_SIDE, preview
+from handlers.caption.match import Matcher
 from handlers.caption.model import Ask, Captioner, Interrupted, Spoken
 from handlers.caption.prompts import QUESTION_TOKENS, Question, caption_prompt, is_instruction
 from handlers.caption.rules import Line, Rules, applied
@@ -42,6 +43,7 @@ class CaptionRequest:
         mode: ``brief`` or ``detailed``.
         prompt: a person's own, in the mode's place.
         questions: what else is asked about the picture.
+        check: whether to score how well the line fits; None where that is cheap.
         rules: what becomes of the line.
     """
 
@@ -57,6 +59,7 @@ class CaptionRequest:
     mode: str
     prompt: str | None
     questions: tuple[Question, ...]
+    check: bool | None
     rules: Rules
 
     @classmethod
@@ -76,6 +79,7 @@ class CaptionRequest:
             mode=payload.get("mode") or "brief",
             prompt=payload.get("prompt"),
             questions=tuple(Question.of(value) for value in payload.get("questions") or ()),
+            check=None if (check := payload.get("check")) in (None, "auto") else bool(check),
             rules=Rules.of(payload),
         )
 
@@ -115,7 +119,7 @@ class CaptionHandler:
 
     def __init__(self) -> None:
         self._kept: tuple[Path, str] | None = None
-        self._captioner: Captioner | None = None
+        self._matcher: Matcher | None = None
 
     def run(self, context: JobContext) -> JobResult:
         """Caption one picture.
@@ -150,7 +154,7 @@ class CaptionHandler:
         first = group[0]
         try:
             model = registry.find(first.request.captioner, "captioner", first.request.models, first.context.cache)
-            captioner = self._loaded(model.path, first.context.device, first.request.precision)
+            matcher = self._loaded(model.path, first.context.device, first.request.precision)
         except Exception as error:  # whatever it is, it is every job's
             return {job.index: error for job in group}
         prepared: list[_Prepared] = []
@@ -161,18 +165,18 @@ class CaptionHandler:
                 job.context.report(0, 1, "captioning", {})
             except Exception as error:
                 outcomes[job.index] = error
-        return outcomes | _told(captioner, prepared, model)
+        return outcomes | _told(matcher, prepared, model)
 
-    def _loaded(self, path: Path, device: str, precision: str) -> Captioner:
-        if self._captioner is None or self._kept != (path, precision):
-            self._captioner = None  # the old one goes before the new one comes
-            self._captioner = Captioner.load(path, device, precision)
+    def _loaded(self, path: Path, device: str, precision: str) -> Matcher:
+        if self._matcher is None or self._kept != (path, precision):
+            self._matcher = None  # the old one goes before the new one comes
+            self._matcher = Matcher(Captioner.load(path, device, precision))
             self._kept = (path, precision)
-        return self._captioner
+        return self._matcher
 
 
 def _told(
-    captioner: Captioner, prepared: Sequence[_Prepared], model: registry.Model
+    matcher: Matcher, prepared: Sequence[_Prepared], model: registry.Model
 ) -> dict[int, JobResult | BaseException]:
     """Ask all there is to ask, and write each picture's files as soon as its last answer is there."""
     outcomes: dict[int, JobResult | BaseException] = {}
@@ -180,7 +184,7 @@ def _told(
     said: defaultdict[int, dict[int, Spoken]] = defaultdict(dict)
     begins = list(accumulate((len(item.asks) for item in prepared), initial=0))
     try:
-        for place_, answer in captioner.speak(
+        for place_, answer in matcher.captioner.speak(
             [item.decoded.image for item in prepared],
             asks,
             halted=lambda: any(item.job.context.is_stopping() for item in prepared),
@@ -192,9 +196,7 @@ def _told(
             answers = said[item.number]
             answers[place_ - begins[item.number]] = answer
             if len(answers) == len(item.asks) and item.job.index not in outcomes:
-                outcomes[item.job.index] = _finished(
-                    item, [answers[n] for n in range(len(item.asks))], captioner, model
-                )
+                outcomes[item.job.index] = _finished(item, [answers[n] for n in range(len(item.asks))], matcher, model)
     except Interrupted:
         ending: BaseException = Stopping()
     except Exception as error:
@@ -205,11 +207,11 @@ def _told(
 
 
 def _finished(
-    item: _Prepared, said: Sequence[Spoken], captioner: Captioner, model: registry.Model
+    item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model
 ) -> JobResult | BaseException:
     try:
         item.job.context.check_cancelled()
-        return _finish(item, said, captioner, model)
+        return _finish(item, said, matcher, model)
     except Exception as error:
         return error
 
@@ -238,7 +240,7 @@ def _line(request: CaptionRequest, said: Spoken, prompt: str) -> tuple[Line, lis
     return line, notes
 
 
-def _finish(item: _Prepared, said: Sequence[Spoken], captioner: Captioner, model: registry.Model) -> JobResult:
+def _finish(item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model) -> JobResult:
     """Write what was said: the sidecar first, because it tells our text from a person's if we die in between."""
     request = item.job.request
     spoken, prompt = said[0], item.asks[0].prompt
@@ -251,16 +253,20 @@ def _finish(item: _Prepared, said: Sequence[Spoken], captioner: Captioner, model
         answered(question, ask.prompt, answer)
         for question, ask, answer in zip(request.questions, item.asks[1:], said[1:], strict=True)
     ]
+    match = _match(request, matcher, spoken, standing.persons)
+    if match and not match["fits"]:
+        notes.append(f"The line does not seem to fit the picture (score {match['score']:+.2f}): have a look at it.")
     sidecar: dict[str, Any] = {
         "caption": caption,
         "raw": spoken.raw,
         "entities": [entity.to_json() for entity in entities],
         "answers": answers,
         "edits": list(line.edits),
+        "match": match,
         "prompt": prompt,
         "model": model.name,
         "revision": _revision(model.path),
-        "precision": captioner.precision,
+        "precision": matcher.captioner.precision,
         "seconds": round(sum(answer.seconds for answer in said), 3),
         "source": request.source.name,
         "sha256": item.source.sha256,
@@ -282,11 +288,20 @@ def _finish(item: _Prepared, said: Sequence[Spoken], captioner: Captioner, model
         "caption": caption,
         "entities": sidecar["entities"],
         **({"answers": answers} if answers else {}),
+        **({"match": match} if match else {}),
         "text_sha256": text_sha256,
         "captioner": model.name,
         "seconds": sidecar["seconds"],
     }
     return JobResult(facts, outputs)
+
+
+def _match(request: CaptionRequest, matcher: Matcher, said: Spoken, persons: str | None) -> dict[str, Any] | None:
+    """How well the line that counts fits the picture: a person's, else the model's own. None where nobody asks."""
+    if not (matcher.is_cheap if request.check is None else request.check):
+        return None
+    (found,) = matcher.scores(said.latents[None], [f" {persons}" if persons else said.answer])
+    return {**found.to_json(), "by": "person" if persons else "fastsd"}
 
 
 def _drawn(entities: Sequence[Entity], answers: Sequence[Mapping[str, Any]]) -> list[Entity]:
@@ -308,11 +323,13 @@ class _Standing:
         text: captions/<stem>.txt.
         ours: the sha256 of our own text there; None where nothing or a person's text lies there.
         writable: whether we may write: nothing lies there or ours does, and no person's text lies beside the picture.
+        persons: the line that a person wrote, None where nobody did.
     """
 
     text: Path
     ours: str | None
     writable: bool
+    persons: str | None = None
 
 
 def _standing(request: CaptionRequest) -> _Standing:
@@ -321,14 +338,14 @@ def _standing(request: CaptionRequest) -> _Standing:
     if os.path.lexists(text) and not text.is_file():
         return _Standing(text, None, writable=False)  # a folder or a pipe of that name is no business of ours
     beside = request.source.with_suffix(".txt")
-    said_beside = beside != text and captions.first_line(_content(beside) or b"") is not None
-    persons = request.text is None or said_beside
+    said_beside = captions.first_line(_content(beside) or b"") if beside != text else None
+    persons = request.text is None or said_beside is not None
     there = _content(text)
     if there is None:
-        return _Standing(text, None, not persons)
+        return _Standing(text, None, not persons, said_beside)
     if captions.is_ours(there, {request.written, *_recorded(request.sidecar)}):
-        return _Standing(text, captions.sha256_of(there), not persons)
-    return _Standing(text, None, writable=False)
+        return _Standing(text, captions.sha256_of(there), not persons, said_beside)
+    return _Standing(text, None, writable=False, persons=captions.first_line(there) or said_beside)
 
 
 def _content(path: Path) -> bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from handlers.caption.prompts import MOST_TOKENS
 _MOST_ON_CPU = 8
 _MOST_ON_GPU = 32
 _RESERVE = 256 << 20
-# Two things may be alike in all words, so the runs that may not come twice must be longer than a phrase with its tags:
-# at 3, as often advised, "a small green heart and a small green moon" cannot be said, nor "</object> and<phrase>" twice.
+# Two things may be alike in all words, so the runs that may not come twice must be longer than a phrase with its tags.
+# At 3, as often advised, "a small green heart and a small green moon" cannot be said.
 _LONGEST_RUN = 12
 
 
@@ -58,11 +58,13 @@ class Spoken:
         raw: the prompt and what follows it, tags and all.
         answer: what follows the prompt.
         seconds: this answer's share of the time.
+        latents: [64, width]: what the model saw.
     """
 
     raw: str
     answer: str
     seconds: float
+    latents: torch.Tensor = field(compare=False, repr=False)
 
 
 class _Halt(StoppingCriteria):
@@ -133,7 +135,7 @@ class Captioner:
 
         Answers come out batch by batch, as (place in ``asks``, what was said). Prompts of one length share a batch:
         padding, left or right, would change what the model says, so there is none. A picture is looked at once, however
-        much is asked about it. Where memory runs out the batch is halved; what is too much alone comes out as its error.
+        much is asked about it. Where memory runs out the batch is halved; what is too much alone comes out as an error.
 
         Args:
             pictures: upright, RGB, any size.
@@ -156,7 +158,7 @@ class Captioner:
             images = torch.stack([seen[asks[index].picture] for index in batch])
             texts = self.generate(images, [asks[index] for index in batch], halted)
             each = (time.perf_counter() - start) / len(batch)
-            return [Spoken(raw, answer, each) for raw, answer in texts]
+            return [Spoken(*text, each, image) for text, image in zip(texts, images, strict=True)]
 
         for indices in self._alike(asks):
             for index, said in in_batches(indices, work, self.pace, self._fitting, self._recover):
@@ -219,7 +221,27 @@ class Captioner:
     def generate(
         self, images: torch.Tensor, asks: Sequence[Ask], halted: Callable[[], bool] = lambda: False
     ) -> list[tuple[str, str]]:
-        """Write on behind prompts of one length.
+        """Write on behind prompts of one length: (prompt and answer, answer) each.
+
+        Args and raises: as ``write``.
+        """
+        return self.decode(self.write(images, asks, halted), asks[0].prompt)
+
+    def decode(self, tokens: torch.Tensor, prompt: str) -> list[tuple[str, str]]:
+        """(prompt and answer, answer) of each row of ``write``; the prompt stands for all of its length."""
+        mask = self.picture_mask(prompt)
+        # Text begins behind the picture's tokens and their closing tag.
+        begin = max(index for index, inside in enumerate(mask) if inside) + 2
+        decode = self.processor.tokenizer.batch_decode
+        raws = decode(tokens[:, begin:], skip_special_tokens=True)
+        answers = decode(tokens[:, len(mask) :], skip_special_tokens=True)
+        return [(str(raw), str(answer)) for raw, answer in zip(raws, answers, strict=True)]
+
+    @torch.inference_mode()
+    def write(
+        self, images: torch.Tensor, asks: Sequence[Ask], halted: Callable[[], bool] = lambda: False
+    ) -> torch.Tensor:
+        """The tokens of prompts of one length and of what follows them.
 
         Args:
             images: [asks, 64, width] from ``encode``.
@@ -227,7 +249,7 @@ class Captioner:
             halted: asked at every token.
 
         Returns:
-            (prompt and answer, answer) each.
+            [asks, tokens]; what ended before the longest is filled up behind its end.
 
         Raises:
             Interrupted: ``halted`` said so.
@@ -240,7 +262,7 @@ class Captioner:
         tokenizer = self.processor.tokenizer
         given = torch.tensor(ids, device=self.device)
         # `generate` reads the inner text model's generation config, whatever the outer one says: nothing is left to it.
-        tokens = self.model.generate(
+        tokens: torch.Tensor = self.model.generate(
             image_embeds=images,
             input_ids=given,
             attention_mask=torch.ones_like(given),
@@ -259,11 +281,7 @@ class Captioner:
         )
         if halted():
             raise Interrupted
-        # Text begins behind the picture's tokens and their closing tag.
-        begin = max(index for index, inside in enumerate(mask[0]) if inside) + 2
-        raws = tokenizer.batch_decode(tokens[:, begin:], skip_special_tokens=True)
-        answers = tokenizer.batch_decode(tokens[:, len(ids[0]) :], skip_special_tokens=True)
-        return [(str(raw), str(answer)) for raw, answer in zip(raws, answers, strict=True)]
+        return tokens
 
     def _spellings(self, never: Sequence[str]) -> list[list[int]]:
         """The token sequences in which forbidden words could be said: small, with a capital, all in capitals."""

@@ -1,7 +1,7 @@
 """What Kosmos-2 can be asked, as the prompts that it was taught. Pure.
 
-Peng et al., "Kosmos-2: Grounding Multimodal Large Language Models to the World" (arXiv 2306.14824), section 4; the wording
-is that of the published checkpoint's card.
+Peng et al., "Kosmos-2: Grounding Multimodal Large Language Models to the World" (arXiv 2306.14824), section 4; the
+wording is that of the published checkpoint's card.
 """
 
 from __future__ import annotations

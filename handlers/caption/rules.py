@@ -167,6 +167,27 @@ def named(line: Line, subject: str, noun: str, concept: Concept) -> Line:
     return Line(text, tuple(moved), (*line.edits, edit))
 
 
+def placed(caption: str, entities: Sequence[Mapping[str, Any]], subject: str, noun: str, concept: Concept) -> str:
+    """A generated caption as it trains: the token in the subject's place, where its phrases are known.
+
+    Args:
+        caption: the line.
+        entities: as a caption's record has them (``Entity.to_json``); spans that do not fit the line do not count.
+        subject: token and class.
+        noun: the class.
+        concept: what the token stands for.
+    """
+    known = []
+    for entity in entities:
+        begin, end = entity.get("span") or (0, 0)
+        if caption[begin:end].casefold() == str(entity["phrase"]).casefold() != "":
+            x0, y0, x1, y1 = entity["box"]
+            known.append(Entity(entity["phrase"], (begin, end), (x0, y0, x1, y1)))
+    if concept == "style" or _subject(known, noun, concept) is None:
+        return caption
+    return named(Line(caption, tuple(known)), subject, noun, concept).text
+
+
 def _subject(entities: Sequence[Entity], noun: str, concept: Concept) -> Entity | None:
     there = [entity for entity in entities if entity.span is not None]
     if noun or concept == "face":

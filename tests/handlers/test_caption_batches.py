@@ -159,7 +159,7 @@ def test_a_picture_that_is_too_much_alone_costs_only_itself(
             JobContext(index, "caption", payload, "cpu", cache, lambda *_: None, lambda: False, lambda: False)
         )
     (tmp_path / "1.png").write_bytes(b"no picture at all")
-    loaded = handler._loaded(folder, "cpu", "auto")
+    loaded = handler._loaded(folder, "cpu", "auto").captioner
     pixels = loaded.pixels
 
     def huge(pictures: Sequence[Image.Image]) -> torch.Tensor:
