@@ -28,7 +28,7 @@ from daemon.prepare import Preparer
 from daemon.queue import Queue
 from daemon.reporter import Reporter
 from daemon.router import Router
-from daemon.routing import PictureRules
+from daemon.routing import PICTURE_KINDS, PictureRules
 from daemon.schedule import Schedule
 from daemon.session import Sessions
 from daemon.slots import WorkerSettings
@@ -49,7 +49,7 @@ _QUIET_WITHOUT_EVENTS = 300.0
 _GATHER_SECONDS = 0.05
 # After so many plans, as at the first start in a large tree, memory is given back.
 _MANY_SESSIONS = 50
-_GATHER_SECONDS_AT_MOST = 5.0
+_GATHER_SECONDS_AT_MOST = 15.0
 _PENDING: tuple[JobState, ...] = ("ready", "running", "waiting")
 
 
@@ -137,7 +137,7 @@ class Daemon:
             noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
-        preparer = Preparer(root, settings, self.sessions, self.index)
+        preparer = Preparer(root, settings, self.sessions, self.index, rules)
         hooks = TreeHooks(
             preparer=preparer,
             sessions=self.sessions,
@@ -265,6 +265,8 @@ class Daemon:
 
     def _on_ended(self, ended: Job, session: str | None) -> None:
         if session is not None:
+            if ended.kind in PICTURE_KINDS:
+                self.router.follow(session, str(ended.payload["source"]))
             self.mark_dirty(session)
             self.reporter.outcome(session)
         if ended.kind != "train":

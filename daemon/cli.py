@@ -112,7 +112,23 @@ def _add_looks(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     crop = _command(commands, "crop", "oneoffs:crop", "crop pictures around their subject")
     crop.add_argument("--size", type=int, default=512, metavar="N", help="side in pixels (default: 512)")
-    crop.add_argument("--mode", choices=("smart", "centre", "off"), default="smart")
+    crop.add_argument(
+        "--mode", choices=("smart", "centre", "off"), default="smart", help="smart (default), centre, or off: no crop"
+    )
+    crop.add_argument(
+        "--subject",
+        choices=("faces", "segment", "centre"),
+        help="look for this only (default: faces, else what stands out)",
+    )
+    crop.add_argument(
+        "--format",
+        choices=("jpg", "webp", "png"),
+        default="jpg",
+        help="jpg: quality 95 (default); webp, png: without loss",
+    )
+    crop.add_argument(
+        "--ground", choices=("white", "grey", "black"), default="white", help="what transparent pictures lie on"
+    )
     caption = _command(commands, "caption", "oneoffs:caption", "caption pictures")
     _add_caption(caption)
     for parser in (crop, caption):
@@ -128,10 +144,15 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     train.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with pictures and perhaps a train.yaml")
     train.add_argument("--base", metavar="NAME", help="the base, where train.yaml names none")
     train.add_argument("--captioner", metavar="NAME", help="the captioner (default: as in fastsd.yaml)")
-    convert = _command(commands, "convert", "oneoffs:convert", "convert a Diffusers folder into one file")
+    convert = _command(
+        commands, "convert", "oneoffs:convert", "convert a Diffusers folder into one file, or a file into a folder"
+    )
     convert.add_argument("source", type=Path, metavar="SRC")
     convert.add_argument("destination", type=Path, metavar="DST")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="the precision (default: as it is)")
+    convert.add_argument("--vae", metavar="VAE", help="of a folder: another VAE to put in, or none")
+    convert.add_argument("--like", type=Path, metavar="FOLDER", help="of a file: a Diffusers folder of the same shape")
+    convert.add_argument("--weights", choices=("trained", "ema"), default="trained", help="of a file: which weights")
     convert.add_argument("--verify", choices=("header", "sample", "all", "forward"), default="sample")
     inspect = _command(commands, "inspect", "oneoffs:inspect", "say what a model file is")
     inspect.add_argument("files", type=Path, nargs="+", metavar="FILE")

@@ -9,7 +9,7 @@ import asyncio
 import math
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
@@ -21,6 +21,7 @@ from handlers.outcome import Outcome
 
 OnProgress = Callable[[int, Mapping[str, Any]], None]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MOST_GIVEN_BACK = 3
 
 
 def run_payloads(
@@ -90,6 +91,7 @@ class _Crew:
         self._left = deque(range(len(payloads)))
         # Jobs whose worker died while it did several at once: alone, each shows whether it is to blame.
         self._suspects: deque[int] = deque()
+        self._given_back: Counter[int] = Counter()
         self._slots = slots
         self._on_progress = on_progress
         self._ends: asyncio.Queue[tuple[int, Outcome] | None] = asyncio.Queue()
@@ -129,8 +131,15 @@ class _Crew:
                         self._on_progress(event.job, event.report)
                     elif event.died and not self.interrupted and len(indexes) > 1:
                         self._suspects.append(event.job)
+                    elif event.outcome.state == "stopping" and not self.interrupted and self._may_come_back(event.job):
+                        # Nobody stopped it: a worker that ended over another job gave it back.
+                        self._suspects.append(event.job)
                     else:
                         self._ends.put_nowait((event.job, event.outcome))
+
+    def _may_come_back(self, job: int) -> bool:
+        self._given_back[job] += 1
+        return self._given_back[job] <= _MOST_GIVEN_BACK
 
     def _take(self) -> list[int]:
         if self._left:

@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from daemon.cropping import UNMET
+from daemon.routing import PICTURE_RECORDS
 from daemon.session import Session
 from sessions import layout
 from sessions.errors import remove_error, write_error
@@ -22,6 +24,7 @@ from sessions.files import sweep_temporaries
 from sessions.manifest import Record
 from sessions.refusal import Refusal
 from sessions.trash import move_to_trash
+from sessions.wishes import CODE
 
 
 def record_done(
@@ -100,6 +103,11 @@ def record_refused(session: Session, kind: str, stored: Mapping[str, Any], refus
     """
     subject = subject_file(session, kind, stored)
     if not subject or not is_there(session.folder / subject):
+        return
+    if kind == "crop" and refusal.code == CODE:
+        # Not the picture is at fault but the line of crop.txt, beside which it is told; the picture is cropped without.
+        unmet = {"kind": UNMET, "wish": stored["params"].get("wish"), "what": refusal.what, "advice": refusal.advice}
+        session.manifest.append([{**unmet, **{key: stored[key] for key in ("source", "size", "mtime_ns")}}])
         return
     write_error(session.folder / subject, refusal)
     record: Record = {"kind": "refused", "source": subject, "job": kind, **refusal.to_json()}
@@ -180,7 +188,7 @@ def forget_pictures(session: Session, sources: Iterable[str], today: date) -> No
     gone = []
     for source in sources:
         thrown: list[str] = []
-        for kind in ("crop", "caption", "refused"):
+        for kind in PICTURE_RECORDS:
             record = session.manifest.get(kind, source)
             if record is not None:
                 gone.append({"kind": kind, "source": source, "gone": True})

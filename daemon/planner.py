@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.jobs import JobRequest
+from daemon.looks import hints, unmet_wish
 from daemon.prepare import base_name, wants_generated
 from daemon.routing import (
     PictureRules,
@@ -19,17 +20,24 @@ from daemon.routing import (
     run_for,
     same_content,
     train_request,
+    wanted_kinds,
 )
 from daemon.runs import read_spec_record, recorded_runs
 from daemon.session import Session
+from daemon.sheet import crops_of, remove_sheet, sheet_request
 from handlers.context import Waiting
 from handlers.models import registry
 from sessions import layout
 from sessions.errors import error_path, remove_error, write_error
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
+from sessions.wishes import CODE
 
 FEWEST_PICTURES = 3
+# A larger set is looked at as a whole only when all of it is done.
+_MANY = 2000
+_SHEET_REST = 10.0
+"""Seconds without a change after which the contact sheet is drawn."""
 
 
 @dataclass
@@ -39,12 +47,45 @@ class Plan:
     Attributes:
         requests: jobs to put into the queue.
         waits: reasons why something waits, each a sentence with what helps.
+        hints: lines about its pictures that a person may want to look at.
         again_in: seconds after which it is worth planning anew, None when only a change can help.
     """
 
     requests: list[JobRequest] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
     again_in: float | None = None
+
+    def look_again(self, seconds: float) -> None:
+        """It is worth planning anew after so many seconds, if not earlier."""
+        self.again_in = seconds if self.again_in is None else min(self.again_in, seconds)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The settled pictures of a session, and what they want.
+
+    Attributes:
+        facts: path in the session → fact.
+        crops: how many want a crop.
+        captions: how many want a caption.
+        refused: how many are refused as they are.
+    """
+
+    facts: Mapping[str, Fact]
+    crops: int
+    captions: int
+    refused: int
+
+    @classmethod
+    def of(cls, session: Session, facts: Mapping[str, Fact], rules: PictureRules) -> Pictures:
+        """Count what the pictures of a session want."""
+        wanted = [wanted_kinds(session, relative, fact, rules) for relative, fact in facts.items()]
+        refusals = ((session.manifest.get("refused", relative), fact) for relative, fact in facts.items())
+        refused = sum(record is not None and same_content(record, fact) for record, fact in refusals)
+        return cls(
+            facts, sum("crop" in kinds for kinds in wanted), sum("caption" in kinds for kinds in wanted), refused
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +119,10 @@ class Planner:
             OSError: the session's folder cannot be read or written.
         """
         plan = Plan()
-        self._plan_run(session, shape, plan)
+        pictures = Pictures.of(session, self.pictures(session, shape), self.rules)
+        self._tell_of_wishes(session, pictures)
+        self._plan_run(session, pictures, plan)
+        self._plan_looks(session, pictures, plan)
         plan.requests += convert_requests(session)
         if self.settings.webui.kind != "none":
             plan.requests += [
@@ -93,7 +137,39 @@ class Planner:
         names = [name for name in self.index.known(session.path) if layout.is_spec_name(name)]
         return min(names, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
 
-    def _plan_run(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
+    def _tell_of_wishes(self, session: Session, pictures: Pictures) -> None:
+        """What is wrong with a crop.txt is told beside it, once it has settled."""
+        rules = session.crop_rules
+        name = rules.wishes_name
+        if not name or self.index.lookup(session.tree_path(name)) is None:
+            return
+        problem = rules.problem or unmet_wish(session, pictures.facts)
+        if problem is None:
+            remove_refusal(session, name, CODE)
+        else:
+            refuse(session, name, problem, job=CODE)
+
+    def _plan_looks(self, session: Session, pictures: Pictures, plan: Plan) -> None:
+        """What people may want to look at: lines about the set, and the contact sheet."""
+        if not pictures.facts:
+            remove_sheet(session)
+            return
+        captions = 0 if self.caption_gate() else pictures.captions
+        if len(pictures.facts) > _MANY and (pictures.crops or captions):
+            return  # looking at so many takes a while, and all of them will be looked at again
+        crops = crops_of(session, pictures.facts.get)
+        complete = len(crops) >= len(pictures.facts) - pictures.refused
+        plan.hints += hints(session, pictures.facts, crops, complete=complete)
+        request = None if pictures.crops or captions else sheet_request(session, crops)
+        if request is None:
+            return
+        rest = min(self.quiet_needed(), _SHEET_REST) - self.quiet_for(session)
+        if rest > 0:
+            plan.look_again(max(0.5, rest))  # while pictures arrive, it would be drawn for each of them
+        else:
+            plan.requests.append(request)
+
+    def _plan_run(self, session: Session, pictures: Pictures, plan: Plan) -> None:
         runs = recorded_runs(session)
         # A run that has begun goes on, whatever became of the train.yaml that asked for it.
         plan.requests += [train_request(session, run.id, run.spec) for run in runs if not run.ended]
@@ -115,14 +191,14 @@ class Planner:
         try:
             spec = parse_spec(content.decode("utf-8", errors="replace"))
             self._check_base(spec)
-            ready = self._ready(session, shape, spec, plan)
+            ready = self._ready(session, pictures, spec, plan)
         except Refusal as refusal:
-            refuse_spec(session, name, record, refusal)
+            refuse(session, name, refusal, job="spec", sha256=record.sha256)
             return
         except Waiting as waiting:
             remove_refusal(session, name, "spec")
             plan.waits.append(waiting.reason)
-            plan.again_in = waiting.retry_after
+            plan.look_again(waiting.retry_after)
             return
         remove_refusal(session, name, "spec")
         if ready:
@@ -132,27 +208,24 @@ class Planner:
         models = self.root / layout.MODELS
         registry.check(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
 
-    def _ready(self, session: Session, shape: layout.Shape, spec: TrainSpec, plan: Plan) -> bool:
-        pictures = self.pictures(session, shape)
-        crops = self._pending(session, "crop", pictures)
-        captions = self._pending(session, "caption", pictures)
+    def _ready(self, session: Session, pictures: Pictures, spec: TrainSpec, plan: Plan) -> bool:
         closed = self.caption_gate()
-        if crops:
-            plan.waits.append(f"Training waits for {_count(crops, 'picture')} to be cropped.")
+        if pictures.crops:
+            plan.waits.append(f"Training waits for {_count(pictures.crops, 'picture')} to be cropped.")
             return False
-        if captions and (closed is None or wants_generated(spec)):
-            plan.waits.append(closed or f"Training waits for {_count(captions, 'caption')}.")
+        if pictures.captions and (closed is None or wants_generated(spec)):
+            plan.waits.append(closed or f"Training waits for {_count(pictures.captions, 'caption')}.")
             return False
         # Before the pictures are counted: they may still be on their way, and arrive in any order.
         quiet, needed = self.quiet_for(session), self.quiet_needed()
         if spec.start != "now" and quiet < needed:
-            plan.again_in = max(0.5, needed - quiet)
+            plan.look_again(max(0.5, needed - quiet))
             plan.waits.append(
                 f"Training starts when nothing has been added for {needed:.0f} s "
                 "(`start: now` in train.yaml skips that).",
             )
             return False
-        usable = sum(1 for relative, _ in pictures if session.manifest.get("crop", relative) is not None)
+        usable = sum(1 for relative in pictures.facts if session.manifest.get("crop", relative) is not None)
         if usable < FEWEST_PICTURES:
             raise Refusal(
                 "too-few",
@@ -161,37 +234,31 @@ class Planner:
             )
         return True
 
-    def pictures(self, session: Session, shape: layout.Shape) -> list[tuple[str, Fact]]:
-        """The settled pictures of a session: (path in the session, fact)."""
-        found = []
+    def pictures(self, session: Session, shape: layout.Shape) -> dict[str, Fact]:
+        """The settled pictures of a session: path in the session → fact."""
+        found = {}
         for fact in self.index.under(session.path):
             place = layout.place_of(fact.path, shape)
             if place is not None and place.session == session.path and place.role is layout.Role.PICTURE:
-                found.append((place.relative, fact))
+                found[place.relative] = fact
         return found
 
-    def _pending(self, session: Session, kind: str, pictures: list[tuple[str, Fact]]) -> int:
-        pending = 0
-        for relative, fact in pictures:
-            record = session.manifest.get(kind, relative)
-            if record is not None and same_content(record, fact):
-                continue
-            refusal = session.manifest.get("refused", relative)
-            if refusal is not None and same_content(refusal, fact):
-                continue
-            pending += 1
-        return pending
 
+def refuse(session: Session, name: str, refusal: Refusal, **stamp: str) -> None:
+    """A file of a person's that cannot be used: told beside it, once.
 
-def refuse_spec(session: Session, name: str, record: SpecRecord, refusal: Refusal) -> None:
-    """A train.yaml that cannot be used: told beside it, once.
+    Args:
+        session: where it lies.
+        name: its path there.
+        refusal: what is wrong with it.
+        stamp: ``job``, and what else the manifest should keep of it.
 
     Raises:
         OSError: the folder cannot be written.
     """
     write_error(session.folder / name, refusal)
     known = session.manifest.get("refused", name) or {}
-    line = {"kind": "refused", "source": name, "job": "spec", "sha256": record.sha256, **refusal.to_json()}
+    line = {"kind": "refused", "source": name, **stamp, **refusal.to_json()}
     if any(known.get(key) != value for key, value in line.items()):
         session.manifest.append([line])
 

@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daemon.config import Settings
-from daemon.index import Index
-from daemon.routing import SpecRecord
+from daemon.index import Fact, Index
+from daemon.routing import PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
+from daemon.sheet import crops_of, sheet_of, sheet_payload
 from handlers.context import Waiting
 from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
@@ -37,12 +38,14 @@ class Preparer:
         settings: of the tree.
         sessions: to find a job's folder by its session's identity.
         index: to list the pictures of a session.
+        rules: parameters of the pictures' outputs.
     """
 
     root: Path
     settings: Settings
     sessions: Sessions
     index: Index
+    rules: PictureRules
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -63,6 +66,8 @@ class Preparer:
                 return self._caption(session, stored)
             case "train":
                 return self._train(session, stored)
+            case "sheet":
+                return self._sheet(session, stored)
             case "convert":
                 return self._convert(session, stored)
             case _:
@@ -85,14 +90,23 @@ class Preparer:
             reason = f"{self.root} cannot be reached: {error.strerror}. Is it mounted?"
         raise Waiting(reason)
 
-    @staticmethod
-    def _require_undone(session: Session, kind: str, stored: Mapping[str, Any]) -> None:
-        """A kill between the record of a result and the end of its job leaves a job with nothing to do."""
-        record = session.manifest.get(kind, stored["source"])
-        if record is None or any(record.get(key) != stored[key] for key in ("size", "mtime_ns", "params")):
+    def _require_wanted(self, session: Session, kind: str, stored: Mapping[str, Any]) -> None:
+        """A job may have nothing to do by now.
+
+        A kill between the record of a result and the end of its job leaves one that is done; and a crop that a caption
+        or a person asks for in another way has a newer job on its way.
+        """
+        source = stored["source"]
+        fact = Fact(session.tree_path(source), stored["size"], stored["mtime_ns"], 0)
+        wanted = wanted_parameters(session, kind, source, fact, self.rules)
+        if wanted == stored["params"]:
             return
-        if not record.get("stale") and outputs_present(session.folder, record):
-            message = f"{stored['source']} is done"
+        if wanted is not None:
+            message = f"{source} is wanted in another way by now"
+            raise Gone(message)
+        record = session.manifest.get(kind, source) or {}
+        if record.get("params") != stored["params"] or outputs_present(session.folder, record):
+            message = f"{source} is done"
             raise Gone(message)
 
     def _source(self, session: Session, stored: Mapping[str, Any]) -> Path:
@@ -115,7 +129,7 @@ class Preparer:
 
     def _crop(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source(session, stored)
-        self._require_undone(session, "crop", stored)
+        self._require_wanted(session, "crop", stored)
         return {
             "source": os.fspath(source),
             "output": os.fspath(session.folder / layout.CROPS / f"{stored['stem']}.jpg"),
@@ -125,14 +139,15 @@ class Preparer:
 
     def _caption(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source(session, stored)
-        self._require_undone(session, "caption", stored)
+        self._require_wanted(session, "caption", stored)
         stem = stored["stem"]
         record = session.manifest.get("caption", stored["source"]) or {}
         captions = session.folder / layout.CAPTIONS
+        # A person's words beside the picture win: then no second text is written that would say otherwise.
+        has_text = _text_beside(session, stored["source"]) is not None
         return {
             "source": os.fspath(source),
-            # A person's words beside the picture win: then no second text is written that would say otherwise.
-            "text": None if person_text(source) is not None else os.fspath(captions / f"{stem}.txt"),
+            "text": None if has_text else os.fspath(captions / f"{stem}.txt"),
             "sidecar": os.fspath(captions / f"{stem}.json"),
             "preview": os.fspath(session.folder / layout.PREVIEWS / f"{stem}.jpg"),
             "written": record.get("text_sha256"),
@@ -142,6 +157,13 @@ class Preparer:
             "models": self.models,
             "pixel_limit": self.settings.limits.picture_pixels,
         }
+
+    def _sheet(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        found = sheet_of(crops_of(session, lambda relative: self.index.lookup(session.tree_path(relative))))
+        if not found.records or stored["params"] != {"digest": found.digest}:
+            message = "the sheet would show what has changed since"
+            raise Gone(message)
+        return sheet_payload(session, found, self.settings.limits.picture_pixels)
 
     def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec_record = SpecRecord.from_json(stored["spec_record"])
@@ -270,13 +292,19 @@ def noun_of(phrase: str) -> str:
 def caption_of(session: Session, relative: str, stem: str) -> Chosen | None:
     """The line that may train with a picture: a person's, else the generated one."""
     captions = session.folder / layout.CAPTIONS
-    beside = person_text(session.folder / relative)
+    beside = _text_beside(session, relative)
     own = PurePosixPath(relative).stem
     if beside is None and layout.same_stem(f"{own}.") != layout.same_stem(f"{stem}."):
         # The second picture of a stem: what a person wrote for the first serves it, too.
         beside = _persons(session, captions / f"{own}.txt")
     record = session.manifest.get("caption", relative) or {}
     return read_caption(_bytes_of(captions / f"{stem}.txt"), beside, [record.get("text_sha256")])
+
+
+def _text_beside(session: Session, relative: str) -> bytes | None:
+    """What a person wrote beside a picture; beside a picture called crop.jpg may lie the crop.txt of the session."""
+    beside = layout.role_in_session(PurePosixPath(relative).with_suffix(".txt").as_posix())
+    return person_text(session.folder / relative) if beside is layout.Role.CAPTION else None
 
 
 def _persons(session: Session, text: Path) -> bytes | None:

@@ -15,6 +15,7 @@ from daemon.blocked import BlockedFolders
 from daemon.jobs import Job, JobState
 from daemon.planner import Plan, standing_errors
 from daemon.session import Session
+from daemon.sheet import KIND as SHEET
 from daemon.status import STALE_AFTER, describe_session, local_now, session_json, write_status
 from daemon.tree import State as TreeState
 from sessions.files import write_json, write_text
@@ -238,6 +239,6 @@ class Reporter:
         daemon = self._daemon
         if daemon.tree.state is TreeState.UNREACHABLE or daemon.sessions.unwritable or daemon.tree.unreadable:
             return 1
-        if daemon.queue.jobs(states=_FAILED):
+        if any(job.kind != SHEET for job in daemon.queue.jobs(states=_FAILED)):
             return 1
         return int(any(standing_errors(daemon.sessions.at(path)) for path in daemon.sessions))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import date
@@ -16,9 +15,10 @@ from daemon.jobs import ENDED, JobRequest, JobState
 from daemon.outcomes import forget_pictures, is_there
 from daemon.planner import Plan, Planner
 from daemon.queue import Queue
-from daemon.routing import PICTURE_KINDS, PictureRules, needs_stamp, picture_requests, sessions_touched
+from daemon.routing import PICTURE_KINDS, PICTURE_RECORDS, PictureRules, needs_stamp, picture_requests, sessions_touched
 from daemon.runs import failed_runs
 from daemon.session import Session, Sessions
+from daemon.shape import ShapeWatch
 from sessions import layout
 from sessions.errors import error_path, remove_error
 from sessions.files import write_text
@@ -29,6 +29,7 @@ from sessions.spec_example import EXAMPLE
 log = logging.getLogger(__name__)
 _BATCH = 1000
 _DONE: frozenset[JobState] = frozenset({"done"})
+_RULES = (Role.SPEC, Role.WISHES)
 _GIVEN_UP: frozenset[JobState] = frozenset({"failed", "refused"})
 
 
@@ -84,14 +85,13 @@ class Router:
         self._moved: dict[str, float] = {}
         self._met: dict[str, str] = {}
         self._has_started = False
-        self._spec_folders: set[str] = set()
-        self._shape = Shape()
+        self._watch = ShapeWatch(root, index)
         self.reroute_wanted = True
 
     @property
     def shape(self) -> Shape:
         """Where sessions begin in this tree, as far as it has been seen."""
-        return self._shape
+        return self._watch.shape
 
     def quiet_for(self, session: Session) -> float:
         """Seconds since people last moved something in a session; long, when nothing was since the start."""
@@ -101,17 +101,27 @@ class Router:
     def settled(self, facts: Iterable[Fact]) -> None:
         """Files have settled: queue what they want. They are in the index only after this."""
         facts = list(facts)
-        self._learn_shape(facts)
+        self.reroute_wanted |= self._watch.settled(fact.path for fact in facts)
         self._refresh(fact.path for fact in facts)
+        self._learn_rules(fact.path for fact in facts)
         self._put(request for fact in facts for request in self._route(fact))
+
+    def follow(self, folder: str, source: str) -> None:
+        """Something was made of a picture: queue what that makes it want, as a caption does with its boxes."""
+        with suppress(OSError):
+            session = self._sessions.at(folder)
+            fact = self._index.lookup(session.tree_path(source))
+            if fact is not None and any(session.manifest.get(kind, source) for kind in PICTURE_RECORDS):
+                self._put(picture_requests(session, source, fact, self._rules))
 
     def vanished(self, paths: Iterable[str]) -> None:
         """Files are gone: their outputs go to the trash, unless their session only moved."""
         paths = list(paths)
         self._refresh(paths)
+        self._learn_rules(paths)
         pictures: dict[str, list[str]] = {}
         for path in paths:
-            place = layout.place_of(path, self._shape)
+            place = layout.place_of(path, self.shape)
             if place is None:
                 continue
             folder = self._root / place.session if place.session else self._root
@@ -136,23 +146,20 @@ class Router:
             except OSError as error:
                 log.warning("cannot tidy after %d pictures of %s: %s", len(gone), session, error)
             self._touched(session)
-        specs = [path for path in paths if layout.is_spec_name(path.rsplit("/", 1)[-1])]
-        if specs:
-            self._spec_folders -= {path.rpartition("/")[0] for path in specs if not self._spec_beside(path)}
-            self._learn_shape(())
-
-    def _spec_beside(self, path: str) -> bool:
-        """Whether another train.yaml lies in the folder of one that is gone."""
-        folder = self._root / path.rpartition("/")[0]
-        try:
-            return any(layout.is_spec_name(entry.name) for entry in folder.iterdir())
-        except OSError:
-            return False
+        self.reroute_wanted |= self._watch.vanished(paths)
 
     def _refresh(self, paths: Iterable[str]) -> None:
         """Look whether known sessions are still the ones that they were: once a session, not once a file."""
-        for session in sessions_touched(paths, self._shape):
+        for session in sessions_touched(paths, self.shape):
             self._sessions.refresh(session)
+
+    def _learn_rules(self, paths: Iterable[str]) -> None:
+        """A session's train.yaml or crop.txt that changed is read again, before any of its pictures is looked at."""
+        for path in paths:
+            place = layout.place_of(path, self.shape)
+            if place is not None and place.role in _RULES and place.session in self._sessions:
+                with suppress(OSError):
+                    self._sessions.at(place.session).forget_crop_rules()
 
     def _vanish(self, session: Session, place: layout.Place) -> None:
         if place.relative.endswith(layout.ERROR_SUFFIX):
@@ -163,6 +170,8 @@ class Router:
             if session.manifest.get("refused", place.relative) is not None:
                 session.manifest.append([{"kind": "refused", "source": place.relative, "gone": True}])
                 remove_error(session.folder / place.relative)
+            if place.role in _RULES:
+                self.reroute_session(place.session)
 
     def refused_in(self, session: Session, error_file: str) -> list[str]:
         """The files whose refusal is told in an error file (a path in the session)."""
@@ -199,11 +208,8 @@ class Router:
         """Look at everything in the index anew: at start, and when sessions begin elsewhere than before."""
         if not self._has_started:
             self._has_started = True
-            # Later on, what was settled and what vanished tells: the index may be a moment behind.
-            self._spec_folders |= {
-                folder for folder in self._index.folders() if any(map(layout.is_spec_name, self._index.known(folder)))
-            }
-        self._learn_shape(())
+            self._watch.read_index()
+        self._watch.settled()
         self.reroute_wanted = False
         self._leave_former_sessions()
         for path in list(self._sessions):
@@ -214,7 +220,7 @@ class Router:
     def _leave_former_sessions(self) -> None:
         """Folders that are no session any more, since the tree has another shape: nobody waits for their jobs."""
         for path in list(self._sessions):
-            if layout.session_folder_of(f"{path}/-" if path else "-", self._shape) != path:
+            if layout.session_folder_of(f"{path}/-" if path else "-", self.shape) != path:
                 self._queue.drop_session(self._sessions.known_id(path))
                 self._sessions.forget(path)
                 self._met.pop(path, None)
@@ -224,10 +230,10 @@ class Router:
 
         Mostly that is told when it happens; not when it happened while no daemon ran and the index was lost.
         """
-        sources = {source for kind, source in session.manifest.records if kind in (*PICTURE_KINDS, "refused")}
+        sources = {source for kind, source in session.manifest.records if kind in PICTURE_RECORDS}
         gone = []
         for source in sources:
-            place = layout.place_of(session.tree_path(source), self._shape)
+            place = layout.place_of(session.tree_path(source), self.shape)
             if place is None or place.session != session.path or not is_there(session.folder / source):
                 gone.append(source)
         forget_pictures(session, gone, self._today())
@@ -242,12 +248,12 @@ class Router:
         Raises:
             OSError: the folder cannot be read or written.
         """
-        plan = self._planner.plan(self._sessions.at(path), self._shape)
+        plan = self._planner.plan(self._sessions.at(path), self.shape)
         self._put(plan.requests)
         return plan
 
     def _route(self, fact: Fact, *, heal: bool = False, movement: bool = True) -> Iterator[JobRequest]:
-        place = layout.place_of(fact.path, self._shape)
+        place = layout.place_of(fact.path, self.shape)
         if place is None or place.role in (Role.OWN, Role.OTHER):
             if fact.path.endswith(layout.ERROR_SUFFIX):
                 self._noted(fact.path)
@@ -264,6 +270,10 @@ class Router:
         if movement and not self._is_own_caption(session, place):
             self._move(place.session)
         self._touched(place.session)
+        if place.role in _RULES and movement:
+            # It may say of every picture that its crop is wanted in another way.
+            for known in self._index.under(place.session):
+                yield from self._route(known, movement=False)
         if place.role is not Role.PICTURE:
             return
         if heal:
@@ -303,33 +313,6 @@ class Router:
 
     def _move(self, path: str) -> None:
         self._moved[path] = self._now()
-
-    def _learn_shape(self, facts: Iterable[Fact]) -> None:
-        top_files = set()
-        for fact in facts:
-            folder, _, name = fact.path.rpartition("/")
-            if layout.is_spec_name(name):
-                self._spec_folders.add(folder)
-            if not folder:
-                top_files.add(name)
-        if not self._has_entries():
-            return  # out of reach: it says nothing about where sessions begin
-        top_folders = {name for name in (layout.SESSIONS, layout.INSTANCE_IMAGES) if (self._root / name).is_dir()}
-        if layout.SESSIONS not in top_folders and not self._shape.root_is_session:
-            top_files |= set(self._index.known(""))
-        shape = Shape.of(top_folders, top_files, self._spec_folders)
-        if self._shape.root_is_session and not shape.has_sessions:
-            shape = Shape(has_sessions=False, root_is_session=True, nested=shape.nested)
-        if shape != self._shape:
-            self._shape = shape
-            self.reroute_wanted = True
-
-    def _has_entries(self) -> bool:
-        try:
-            with os.scandir(self._root) as entries:
-                return next(entries, None) is not None
-        except OSError:
-            return False
 
     def _put(self, requests: Iterable[JobRequest], again: frozenset[JobState] = _DONE) -> None:
         """Queue what is wanted.

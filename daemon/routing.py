@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from daemon.cropping import UNMET, crop_parameters
 from daemon.index import Fact
 from daemon.jobs import JobRequest, job_key
 from daemon.session import Session
@@ -20,6 +21,8 @@ from sessions.layout import Shape, session_folder_of
 from sessions.manifest import Record
 
 PICTURE_KINDS = ("crop", "caption")
+PICTURE_RECORDS = (*PICTURE_KINDS, "refused", UNMET)
+"""Kinds of records about pictures."""
 _LAST_SECOND = 253_402_300_799
 """The last second of the year 9999."""
 
@@ -29,7 +32,7 @@ class PictureRules:
     """The parameters that decide what a picture's outputs look like; other parameters, other outputs.
 
     Attributes:
-        crop_mode: ``smart``, ``centre`` or ``off``.
+        crop_mode: ``smart``, ``centre`` or ``off``, where the session's own files say nothing.
         crop_resolution: side of the crop, in pixels.
         captioner: the captioner's name.
         caption: what else shapes captions, as far as it is no default.
@@ -62,15 +65,8 @@ def picture_requests(session: Session, relative: str, fact: Fact, rules: Picture
         fact: the settled fact.
         rules: the parameters of this tree.
     """
-    refusal = session.manifest.get("refused", relative)
-    if refusal is not None and same_content(refusal, fact):
-        return []
     requests = []
-    for kind in PICTURE_KINDS:
-        parameters = rules.parameters(kind)
-        record = session.manifest.get(kind, relative)
-        if record is not None and same_content(record, fact) and record.get("params") == parameters:
-            continue
+    for kind, parameters in wanted_kinds(session, relative, fact, rules).items():
         content = f"{session.id}/{relative}:{fact.size}:{fact.mtime_ns}"
         payload = {
             "source": relative,
@@ -81,6 +77,32 @@ def picture_requests(session: Session, relative: str, fact: Fact, rules: Picture
         }
         requests.append(JobRequest(job_key(kind, content, parameters), kind, session.id, relative, payload))
     return requests
+
+
+def wanted_kinds(session: Session, relative: str, fact: Fact, rules: PictureRules) -> dict[str, dict[str, Any]]:
+    """What a picture wants now: kind → parameters."""
+    if _same(session, "refused", relative, fact) is not None:
+        return {}
+    wanted = {kind: wanted_parameters(session, kind, relative, fact, rules) for kind in PICTURE_KINDS}
+    return {kind: parameters for kind, parameters in wanted.items() if parameters is not None}
+
+
+def wanted_parameters(
+    session: Session, kind: str, relative: str, fact: Fact, rules: PictureRules
+) -> dict[str, Any] | None:
+    """The parameters of the output of a kind that a picture wants now; None where the one on record stands."""
+    record = _same(session, kind, relative, fact)
+    own = rules.parameters(kind)
+    if kind == "crop":
+        caption, unmet = (_same(session, other, relative, fact) for other in ("caption", UNMET))
+        return crop_parameters(own, relative, session.crop_rules, record, caption, unmet=unmet)
+    return None if record is not None and record.get("params") == own else own
+
+
+def _same(session: Session, kind: str, relative: str, fact: Fact) -> Record | None:
+    """The record of a kind that was made from a picture as it is now."""
+    record = session.manifest.get(kind, relative)
+    return record if record is not None and same_content(record, fact) else None
 
 
 def needs_stamp(session: Session, relative: str, fact: Fact) -> Record | None:

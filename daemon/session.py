@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from daemon.cropping import CropRules, read_crop_rules
 from sessions import layout
 from sessions.files import sweep_temporaries
 from sessions.manifest import Identity, Manifest, new_identity, read_identity, write_identity
@@ -36,6 +37,7 @@ class Session:
     manifest: Manifest
     _stems: dict[str, str] = field(default_factory=dict)
     _taken: dict[str, str] = field(default_factory=dict)
+    _crop_rules: CropRules | None = None
 
     def __post_init__(self) -> None:
         for source, stem in self.manifest.stems().items():
@@ -50,6 +52,17 @@ class Session:
     def name(self) -> str:
         """What people call it: the folder's name."""
         return self.folder.name
+
+    @property
+    def crop_rules(self) -> CropRules:
+        """What its train.yaml and crop.txt say about its crops."""
+        if self._crop_rules is None:
+            self._crop_rules = read_crop_rules(self.folder)
+        return self._crop_rules
+
+    def forget_crop_rules(self) -> None:
+        """Its train.yaml or crop.txt changed: they are read again."""
+        self._crop_rules = None
 
     def stem_for(self, source: str) -> str:
         """The stem of a picture's outputs; the same as long as the picture stays."""

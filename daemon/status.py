@@ -12,6 +12,7 @@ from typing import Any
 from daemon.jobs import Job
 from daemon.planner import Plan, standing_errors
 from daemon.session import Session
+from daemon.sheet import KIND as SHEET
 from sessions import layout
 from sessions.files import write_text
 from sessions.status import SessionStatus, duration, render, same_but_time, size
@@ -48,6 +49,8 @@ def describe_session(
         others: files in it that are no pictures and were left alone.
         notes: other lines.
     """
+    # Nobody waits for the contact sheet, or misses it.
+    jobs = [job for job in jobs if job.kind != SHEET]
     running = [job for job in jobs if job.state == "running"]
     pending = [job for job in jobs if job.state in ("ready", "waiting")]
     waits = list(plan.waits)
@@ -82,6 +85,7 @@ def describe_session(
         waits=waits,
         models=[_model_line(session, record) for record in session.manifest.of_kind("convert")],
         trouble=trouble,
+        hints=plan.hints,
         notes=extra,
     )
 
@@ -177,6 +181,7 @@ def session_json(session: Session, status: SessionStatus) -> dict[str, Any]:
         "waits": list(status.waits),
         "models": list(status.models),
         "trouble": list(status.trouble),
+        "hints": list(status.hints),
         "notes": list(status.notes),
     }
 

@@ -8,6 +8,7 @@ exceptions below. Everything else that it raises is a failure, which is tried ag
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -61,6 +62,7 @@ class JobContext:
         report: called with (done, total, note, facts); the worker sends it to the daemon.
         is_cancelled: True once someone cancelled the job.
         is_stopping: True once the daemon wants to stop; long jobs save and raise ``Stopping``.
+        limit: see ``within``.
     """
 
     job: int
@@ -71,6 +73,7 @@ class JobContext:
     report: Callable[[float, float, str, Mapping[str, Any]], None]
     is_cancelled: Callable[[], bool]
     is_stopping: Callable[[], bool]
+    limit: Callable[[float, Exception], AbstractContextManager[None]] = lambda _seconds, _end: nullcontext()
 
     def progress(self, done: float, total: float, note: str = "", **facts: Any) -> None:
         """Tell how far the job is, and give it a place to be cancelled.
@@ -86,6 +89,14 @@ class JobContext:
         """
         self.report(done, total, note, facts)
         self.check_cancelled()
+
+    def within(self, seconds: float, end: Exception) -> AbstractContextManager[None]:
+        """A block that may take so many seconds. If it takes longer, the job has ended by ``end``, a refusal say.
+
+        For native code that cannot be interrupted: the worker process ends with it, and the rest of its batch goes back
+        to the queue. Where the block never lets go of the interpreter, the daemon's patience counts (``Kind.silence``).
+        """
+        return self.limit(seconds, end)
 
     def check_cancelled(self) -> None:
         """Raise ``Cancelled`` if the job was cancelled."""

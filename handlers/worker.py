@@ -15,7 +15,8 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,12 @@ class Worker:
         self._reporter = reporter
         self._device = device
         self._cache = cache
+        self._batch: list[int] = []
 
     def run(self) -> None:
         """Work until told to stop. Every job that was handed in gets one outcome."""
         while (jobs := self._desk.next_jobs()) is not None:
+            self._batch = [job["job"] for job in jobs]
             contexts = [context for context in map(self._context, jobs) if self._begins(context)]
             if not contexts:
                 continue
@@ -115,7 +118,30 @@ class Worker:
             report=partial(self._reporter.progress, number),
             is_cancelled=partial(self._desk.is_cancelled, number),
             is_stopping=self._desk.is_stopping,
+            limit=partial(self._limit, number),
         )
+
+    @contextmanager
+    def _limit(self, job: int, seconds: float, end: Exception) -> Iterator[None]:
+        timer = threading.Timer(seconds, self._give_up, (job, end))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, job: int, end: Exception) -> None:
+        """End a job that cannot be interrupted, by ending the process. The jobs beside it are given back.
+
+        What has ended already is told twice, and heard once.
+        """
+        self._reporter.outcome(job, Outcome.of(end))
+        for other in self._batch:
+            if other != job:
+                self._reporter.outcome(other, Outcome.of(Stopping()))
+        sys.stderr.flush()
+        os._exit(0)
 
     def _begins(self, context: JobContext) -> bool:
         """False, and the job's outcome is told, where it was cancelled or the worker stops."""

@@ -61,11 +61,12 @@ def first_line(content: bytes) -> str | None:
 
     Byte order marks, any line ends, UTF-16 with a mark, and Latin-1 where it is no UTF-8 are all read.
     """
-    cleaned = (one_line(line) for line in _decoded(content).splitlines())
+    cleaned = (one_line(line) for line in decoded(content).splitlines())
     return next((line for line in cleaned if line), None)
 
 
-def _decoded(content: bytes) -> str:
+def decoded(content: bytes) -> str:
+    """The text of a file that a person wrote with whatever was at hand; no bytes are refused."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", errors="replace")
     try:

@@ -31,6 +31,8 @@ STATUS = "STATUS.txt"
 SETTINGS = "fastsd.yaml"
 EXAMPLE = "train.example.yaml"
 SPEC_NAMES = ("train.yaml", "train.yml", "train.yaml.txt")
+WISHES_NAMES = ("crop.txt", "crop.txt.txt")
+SHEET = f"{PREVIEWS}/crops.jpg"
 ERROR_SUFFIX = ".error.txt"
 
 OWN_FOLDERS = frozenset({CROPS, PREVIEWS, CHECKPOINTS, RUNS, PRIVATE})
@@ -50,6 +52,7 @@ class Role(StrEnum):
     CONCEPT = "concept"
     CAPTION = "caption"
     SPEC = "spec"
+    WISHES = "wishes"
     MODEL = "model"
     OWN = "own"
     OTHER = "other"
@@ -104,6 +107,11 @@ def is_spec_name(name: str) -> bool:
     return name.lower() in SPEC_NAMES
 
 
+def is_wishes_name(name: str) -> bool:
+    """Whether a file of this name, in a session's own folder, says what its crops shall show."""
+    return name.lower() in WISHES_NAMES
+
+
 def session_folder_of(path: str, shape: Shape) -> str | None:
     """The session that a file belongs to: its folder relative to the root, or None when it belongs to none."""
     parts = path.split("/")
@@ -135,16 +143,19 @@ def place_of(path: str, shape: Shape) -> Place | None:
     if session is None:
         return None
     relative = path[len(session) + 1 :] if session else path
-    return Place(session, relative, _role_of(relative))
+    return Place(session, relative, role_in_session(relative))
 
 
-def _role_of(relative: str) -> Role:
+def role_in_session(relative: str) -> Role:
+    """What a file is to its session, from its path in it."""
     *folders, name = relative.split("/")
     lower = name.lower()
     if folders and folders[0] in OWN_FOLDERS:
         return Role.OWN
     if not folders and is_spec_name(name):
         return Role.SPEC
+    if not folders and is_wishes_name(name):
+        return Role.WISHES  # also beside a picture that is called crop.jpg: then it is no caption
     if not folders and name in (STATUS, EXAMPLE, SETTINGS):
         return Role.OWN
     if lower.endswith(ERROR_SUFFIX):
@@ -188,13 +199,14 @@ def output_stem(source: str, taken: Collection[str]) -> str:
         taken: folded stems (``same_stem``) that outputs of other pictures of this session already have.
 
     Returns:
-        The picture's own stem; ``stem~png`` for the second of a stem, ``stem~png-2`` … after that. Cut to fit 255
-        bytes, with eight hex digits of a hash of the whole name.
+        The picture's own stem; ``stem~png`` for the second of a stem, ``stem~png-2`` … after that, and for "crops",
+        whose preview would lie where the contact sheet does. Cut to fit 255 bytes, with eight hex digits of a hash of
+        the whole name.
     """
     name = source.rsplit("/", 1)[-1]
     stem, suffix = os.path.splitext(name)
     short = _cut(stem, name)
-    if same_stem(short + ".") not in taken:
+    if same_stem(short + ".") not in taken and f"{PREVIEWS}/{same_stem(short + '.')}.jpg" != SHEET:
         return short
     marked = f"{short}~{suffix[1:].lower()}"
     count = 2

@@ -129,7 +129,9 @@ class TrainSpec(_Section):
         "auto", description="auto, adamw, adamw8bit, adafactor or prodigy"
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
-    batch_size: int = Field(1, ge=1, le=256, description="a whole number from 1 to 256")
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        "auto", description="auto or a whole number from 1 to 256"
+    )
     precision: Auto | Literal["fp32", "fp16", "bf16"] = Field("auto", description="auto, fp32, fp16 or bf16")
     memory: Auto | Literal["8GB", "12GB", "16GB", "24GB", "48GB"] = Field(
         "auto", description="auto, 8GB, 12GB, 16GB, 24GB or 48GB"

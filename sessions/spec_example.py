@@ -17,7 +17,7 @@ EXAMPLE = """\
 #base: auto             # miniature | sd15 | the name of a file or folder under Models/
 #method: auto           # dreambooth (two stages)
 #resolution: auto       # pixels, like 512
-#crop: smart            # smart | centre | off
+#crop: smart            # smart | centre | off: what the pictures are cut around; for single pictures see below
 #buckets: false
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
@@ -27,7 +27,7 @@ EXAMPLE = """\
 ## How to train
 #optimizer: auto
 #schedule: linear       # linear | cosine | constant
-#batch_size: 1
+#batch_size: auto      # pictures a step; auto: 1, and more for the miniatures
 #precision: auto        # fp32 | fp16 | bf16
 #memory: auto
 #seed: 7
@@ -45,4 +45,11 @@ EXAMPLE = """\
 #continue: null
 #publish: true             # into the WebUI when done
 #start: auto               # now: do not wait until all pictures have arrived
+
+## What the crops shall show: write a file crop.txt into this folder, a wish a line. previews/crops.jpg shows them.
+##   subject: dog                    for every picture: a thing, or faces, or centre
+##   exclude: logo, sign             never these
+##   IMG_1.jpg: 120 40 900 820       for one picture: left, top, right, bottom in pixels
+##   IMG_2.jpg: 10% 5% 80% 90%       or in percent
+##   IMG_3.jpg: centre               or a thing, faces, centre
 """

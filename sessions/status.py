@@ -23,6 +23,7 @@ class SessionStatus:
         waits: reasons why something waits, each a sentence with what helps.
         models: a line a finished model.
         trouble: a line a file that was refused or failed.
+        hints: what is worth a look, about the set of pictures.
         notes: other things worth a line.
     """
 
@@ -34,6 +35,7 @@ class SessionStatus:
     waits: Sequence[str] = ()
     models: Sequence[str] = ()
     trouble: Sequence[str] = ()
+    hints: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -52,6 +54,7 @@ def render(status: SessionStatus, now: datetime, stale_after: timedelta) -> str:
     lines += _block("Waits for", status.waits)
     lines += _block("Models", status.models)
     lines += _block("Trouble", status.trouble)
+    lines += _block("Look at", status.hints)
     lines += _block("Notes", status.notes)
     zone = now.strftime("%Z") or "UTC"
     updated, until = now.strftime("%Y-%m-%d %H:%M:%S"), (now + stale_after).strftime("%H:%M")

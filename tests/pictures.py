@@ -155,6 +155,11 @@ def in_lab(image: Image.Image) -> Image.Image:
     return converted
 
 
+def srgb_profile() -> bytes:
+    """sRGB itself."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
 def swapped_profile() -> bytes:
     """sRGB's own profile with the primaries of red and green exchanged: a picture that uses it shows red as green."""
     content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

@@ -45,7 +45,8 @@ def live(daemon: DaemonProcess, rocket: Path) -> DaemonProcess:
 
 
 def rows(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+    """Jobs of a list; the contact sheet is drawn when it pleases."""
+    return [row for line in text.splitlines() if (row := json.loads(line)).get("kind") != "sheet"]
 
 
 # Wrong settings, a held tree, no tree.

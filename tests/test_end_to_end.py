@@ -98,6 +98,8 @@ def check_whole(daemon: DaemonProcess, session: Path, photographs: list[Path]) -
         assert (session / "previews" / f"{stem}.jpg").is_file()
         assert len((session / "captions" / f"{stem}.txt").read_text().splitlines()) == 1
         assert sha256_of(session / "instance_images" / photograph.name) == sha256_of(photograph), "never changed"
+    until(lambda: daemon.manifest(session).get("sheet", ""), "the contact sheet is drawn at last", 60)
+    assert (session / "previews" / "crops.jpg").is_file()
     assert (session / "previews" / "loss.png").is_file()
     assert not list(session.rglob(".fastsd-tmp-*")), "nothing half-finished"
     assert not list((session / "checkpoints").glob("step-*")), "a proven model needs no checkpoints"

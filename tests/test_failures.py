@@ -137,7 +137,7 @@ def test_spoilt_pictures_are_told_beside_them_and_the_others_go_on(
     (session / ".new").rename(session / "cut.png")
     until((session / "crops" / "cut.jpg").is_file, "the good picture is cropped")
     until(lambda: not error_of(session / "cut.png"), "its error file goes")
-    until(lambda: "cut.png" not in text_of(session / "STATUS.txt"), "STATUS.txt forgets it")
+    until(lambda: "cut.png is damaged" not in text_of(session / "STATUS.txt"), "STATUS.txt forgets it")
     (session / "a.jpg").unlink()
     (session / "b.jpg").unlink()
     until(lambda: not list(session.glob("*.error.txt")), "the others' error files go with them")
@@ -150,7 +150,7 @@ def test_spoilt_pictures_are_told_beside_them_and_the_others_go_on(
 WRONG = {
     "tab": ("start: now\nunet:\n\tsteps: 3\n", "(line 3)", "Use spaces"),
     "key": ("base: miniature\nresolutoin: 512\n", "(line 2)", "Did you mean 'resolution'?"),
-    "value": ("base: miniature\nbatch_size: many\n", "(line 2)", "Write a whole number"),
+    "value": ("base: miniature\nbatch_size: many\n", "(line 2)", "Write auto or a whole number"),
     "list": ("- base\n- miniature\n", "(line 1)", "'key: value'"),
 }
 

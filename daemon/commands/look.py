@@ -73,7 +73,7 @@ def _show_status(value: Mapping[str, Any]) -> None:
     for session in value.get("sessions", []):
         counts = f"{session['cropped']} of {session['pictures']} cropped, {session['captioned']} captioned"
         print(f"\n  {session['name']}: {session['state']}\n    {counts}")
-        for label in ("waits", "models", "trouble", "notes"):
+        for label in ("waits", "models", "trouble", "hints", "notes"):
             for line in session.get(label, [])[:8]:
                 print(f"    {label}: {line}")
 

@@ -14,22 +14,35 @@ from daemon.cli import DONE, FAILED, USAGE
 from daemon.commands.roots import complain, print_json
 from daemon.state import cache_home
 from sessions import layout
+from sessions.ignore import is_ignored_file_name, is_ignored_folder_name
 
 Row = dict[str, Any]
+_GROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
 
 
 def pictures_in(sources: Iterable[Path]) -> list[Path]:
-    """The pictures that are named, and all in the folders that are named; links are followed."""
+    """The pictures that are named, and all in the folders that are named, but for what is hidden or not yet whole.
+
+    Links are followed; a folder that links lead to several times is looked at once.
+    """
     found: list[Path] = []
     for source in sources:
-        if source.is_dir():
-            for parent, folders, names in os.walk(source, followlinks=True):
-                folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-                found += [
-                    Path(parent, name) for name in sorted(names) if layout.is_picture_name(name) and name[0] != "."
-                ]
-        else:
+        if not source.is_dir():
             found.append(source)
+            continue
+        seen: set[str] = set()
+        for parent, folders, names in os.walk(source, followlinks=True):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(folder for folder in folders if not is_ignored_folder_name(folder))
+            found += [
+                Path(parent, name)
+                for name in sorted(names)
+                if layout.is_picture_name(name) and not is_ignored_file_name(name)
+            ]
     return found
 
 
@@ -45,12 +58,16 @@ def with_stems(pictures: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def crop(arguments: argparse.Namespace) -> int:
     """``fastsd crop SRC… --out DIR``."""
     out: Path = arguments.out.absolute()
+    if arguments.size < 1:
+        return complain(f"--size {arguments.size} is no size", USAGE)
     payloads = [
         {
-            "source": os.fspath(picture.resolve()),
-            "output": os.fspath(out / f"{stem}.jpg"),
+            "source": os.fspath(picture.absolute()),
+            "output": os.fspath(out / f"{stem}.{arguments.format}"),
             "resolution": arguments.size,
             "mode": arguments.mode,
+            "wish": {"subject": arguments.subject} if arguments.subject else None,
+            "ground": _GROUNDS[arguments.ground],
         }
         for picture, stem in with_stems(pictures_in(arguments.sources))
     ]
@@ -82,7 +99,7 @@ def caption(arguments: argparse.Namespace) -> int:
             "class": arguments.class_,
             "check": bool(arguments.check),
             "questions": questions,
-            "source": os.fspath(picture.resolve()),
+            "source": os.fspath(picture.absolute()),
             "text": os.fspath(out / f"{stem}.txt"),
             "sidecar": os.fspath(out / f"{stem}.json"),
             "preview": os.fspath(out / f"{stem}.jpg"),
@@ -165,19 +182,19 @@ def _answer(answer: Row) -> str:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """``fastsd convert SRC DST``."""
+    """``fastsd convert SRC DST``: a Diffusers folder into one file, or a file into a folder."""
     destination: Path = arguments.destination.absolute()
-    if not arguments.source.is_dir():
-        return complain(
-            f"{arguments.source} is no Diffusers folder. Only Diffusers → one file is there so far.",
-            FAILED,
-        )
+    if not arguments.source.exists():
+        return complain(f"{arguments.source}: there is no such file or folder", FAILED)
     payload = {
         "source": os.fspath(arguments.source.absolute()),
         "output": os.fspath(destination),
         "dtype": arguments.dtype,
         "metadata": {},
         "verify": arguments.verify,
+        "like": os.fspath(arguments.like.absolute()) if arguments.like else None,
+        "weights": arguments.weights,
+        "vae": arguments.vae if arguments.vae in (None, "none") else os.fspath(Path(arguments.vae).absolute()),
     }
 
     def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:

@@ -24,6 +24,7 @@ from handlers.crop.decode import PIXEL_LIMIT, Decoded, OpenPicture, SourceFile, 
 from handlers.crop.render import write_picture
 from handlers.models import registry
 from sessions import captions, files
+from sessions.layout import is_wishes_name
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,9 @@ def _standing(request: CaptionRequest) -> _Standing:
     if os.path.lexists(text) and not text.is_file():
         return _Standing(text, None, writable=False)  # a folder or a pipe of that name is no business of ours
     beside = request.source.with_suffix(".txt")
-    said_beside = captions.first_line(_content(beside) or b"") if beside != text else None
+    # Beside a picture called crop.jpg may lie the crop.txt of its session, which is no caption.
+    is_wishes = is_wishes_name(beside.name) and beside.parent == request.sidecar.parent.parent
+    said_beside = captions.first_line(_content(beside) or b"") if beside != text and not is_wishes else None
     persons = request.text is None or said_beside is not None
     there = _content(text)
     if there is None:

@@ -1,4 +1,4 @@
-"""The last proof: diffusers' own reader opens the file, and every component computes what the source computes.
+"""The last proof: diffusers' own reader opens the file, and every component computes what the folder's computes.
 
 diffusers' key map is another implementation than ours, so a wrong table shows here. One component at a time is in
 memory, twice. Imports torch.
@@ -6,74 +6,112 @@ memory, twice. Imports torch.
 
 from __future__ import annotations
 
+import importlib
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
 
-from handlers.convert.header import read_header
+from handlers.convert.families import Family
 from handlers.convert.quiet import quiet_libraries
+from handlers.convert.source import tensors_of
 from handlers.convert.verify import Unproven
 
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights are compared exactly; the outputs of equal weights may differ by the order of additions only.
 _TOLERANCE = 1e-4
+_PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "flux": "FluxPipeline",
+}
+_FAILURES = (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError, TypeError)
 
 
-def compare_forward(file: Path, source: Path, device: str = "cpu") -> None:
+def compare_forward(
+    file: Path,
+    folder: Path,
+    family: Family,
+    device: str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    names: Collection[str] | None = None,
+) -> None:
     """Load both models component by component, compare their weights exactly and their outputs on fixed inputs.
 
     Args:
         file: the single file.
-        source: the Diffusers folder that it was made of.
+        folder: the Diffusers folder that it was made of, or that was made of it.
+        family: its family.
         device: where to compute.
+        dtype: the type of the one that was written; None: the file was.
+        names: the components to compare; None: all.
 
     Raises:
         Unproven: diffusers cannot load the file, a weight differs, or an output does.
     """
     quiet_libraries()
-    dtype = _dtype_of(file)
-    for name, ours, theirs in _components(file, source, dtype):
+    every = [part.name for part in family.components]
+    wanted = [name for name in every if names is None or name in names]
+    for name, ours, theirs in _components(file, folder, family, wanted, dtype or _dtype_of(file, family)):
         _compare_weights(name, ours, theirs)
         _compare_outputs(name, ours, theirs, device)
 
 
-def _dtype_of(file: Path) -> torch.dtype:
-    """The type of the UNet's weights in the file."""
-    for name, tensor in read_header(file).tensors.items():
-        if name.startswith("model.diffusion_model.") and tensor.dtype in _TORCH:
-            return _TORCH[tensor.dtype]
-    raise Unproven("the file holds no UNet")
+def _dtype_of(file: Path, family: Family) -> torch.dtype:
+    """The type of the weights that draw."""
+    for name, located in tensors_of(file).items():
+        if family.drawing.match_single(name) and located.tensor.dtype in _TORCH:
+            return _TORCH[located.tensor.dtype]
+    raise Unproven(f"the file holds no {family.drawing.name}")
 
 
-def _components(file: Path, source: Path, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
-    settings: dict[str, Any] = {"config": str(source), "local_files_only": True, "dtype": dtype}
-    folder: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
+def _components(
+    file: Path, folder: Path, family: Family, wanted: Collection[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Any, Any]]:
+    settings: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
+    index = json.loads((folder / "model_index.json").read_bytes())
 
-    def single(load: Any, **more: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # libraries tell of their own futures here
-                return load(str(file), **settings, **more)
-        except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError) as error:
-            first = str(error).strip().splitlines()
-            raise Unproven(f"diffusers cannot load the file: {first[0] if first else type(error).__name__}") from error
+    def theirs(name: str) -> Any:
+        return _class(index, name).from_pretrained(folder / name, local_files_only=True, torch_dtype=dtype)
 
-    ours = single(UNet2DConditionModel.from_single_file, subfolder="unet")
-    yield "unet", ours, UNet2DConditionModel.from_pretrained(source, subfolder="unet", **folder)
-    ours = single(AutoencoderKL.from_single_file, subfolder="vae")
-    yield "vae", ours, AutoencoderKL.from_pretrained(source, subfolder="vae", **folder)
-    pipeline = single(StableDiffusionPipeline.from_single_file, unet=None, vae=None, safety_checker=None)
-    ours = pipeline.text_encoder
-    yield (
-        "text_encoder",
-        ours,
-        CLIPTextModel.from_pretrained(source, subfolder="text_encoder", local_files_only=True, dtype=dtype),
-    )
+    names = [part.name for part in family.components]
+    absent: dict[str, Any] = {}
+    for name in names:
+        if name.startswith("text_encoder"):
+            continue
+        absent[name] = None
+        if name in wanted:
+            yield name, _load(_class(index, name).from_single_file, file, subfolder=name, **settings), theirs(name)
+    if family.name == "sdxl-refiner":
+        absent |= {"text_encoder": None, "tokenizer": None}
+    if family.name.startswith("sd") and not family.name.startswith("sdxl"):
+        absent["safety_checker"] = None
+    pipeline = _load(getattr(diffusers, _PIPELINES[family.name]).from_single_file, file, **absent, **settings)
+    for name in wanted:
+        if name.startswith("text_encoder"):
+            yield name, getattr(pipeline, name), theirs(name)
+
+
+def _class(index: dict[str, Any], name: str) -> Any:
+    library, kind = index[name]
+    return getattr(importlib.import_module(library), kind)
+
+
+def _load(load: Any, file: Path, **settings: Any) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries tell of their own futures here
+            return load(str(file), **settings)
+    except _FAILURES as error:
+        first = str(error).strip().splitlines()
+        raise Unproven(f"diffusers cannot load the file: {first[0] if first else type(error).__name__}") from error
 
 
 def _compare_weights(name: str, ours: Any, theirs: Any) -> None:
@@ -93,7 +131,7 @@ def _compare_outputs(name: str, ours: Any, theirs: Any, device: str) -> None:
         # Half precision has no CPU kernels for some layers; the weights are equal already.
         ready = model.eval().to(device=device, dtype=torch.float32)
         with torch.no_grad():
-            outputs.append(_run(name, ready, {key: value.to(device) for key, value in inputs.items()}))
+            outputs.append(_run(ready, _placed(inputs, device)))
     have, want = outputs
     if not bool(torch.isfinite(want).all()):
         raise Unproven(f"{name} computes values that are no numbers")
@@ -102,19 +140,48 @@ def _compare_outputs(name: str, ours: Any, theirs: Any, device: str) -> None:
         raise Unproven(f"{name} computes something else than its source (by {worst:.2g})")
 
 
-def _inputs(name: str, config: Any) -> dict[str, torch.Tensor]:
+def _placed(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    return {
+        key: _placed(value, device) if isinstance(value, dict) else value.to(device) for key, value in inputs.items()
+    }
+
+
+def _inputs(name: str, config: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
     if name == "unet":
-        return {
-            "sample": torch.randn(1, config.in_channels, 16, 16, generator=generator),
+        inputs: dict[str, Any] = {
+            "sample": random(1, config.in_channels, 16, 16),
             "timestep": torch.tensor([501]),
-            "encoder_hidden_states": torch.randn(1, 7, config.cross_attention_dim, generator=generator),
+            "encoder_hidden_states": random(1, 7, config.cross_attention_dim),
+        }
+        if config.addition_embed_type == "text_time":
+            numbers = 5 if config.projection_class_embeddings_input_dim == 2560 else 6
+            pooled = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
+            added = {"text_embeds": random(1, pooled), "time_ids": 64 * torch.ones(1, numbers)}
+            inputs["added_cond_kwargs"] = added
+        return inputs
+    if name == "transformer":
+        return {
+            "hidden_states": random(1, 16, config.in_channels),
+            "encoder_hidden_states": random(1, 7, config.joint_attention_dim),
+            "pooled_projections": random(1, config.pooled_projection_dim),
+            "timestep": torch.tensor([0.5]),
+            "img_ids": random(16, 3),
+            "txt_ids": torch.zeros(7, 3),
+            "guidance": torch.tensor([3.5]),
         }
     if name == "vae":
-        return {"sample": torch.randn(1, 3, 64, 64, generator=generator)}
+        return {"sample": random(1, 3, 64, 64)}
     return {"input_ids": torch.randint(0, config.vocab_size, (1, 16), generator=generator)}
 
 
-def _run(name: str, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _run(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     output = model(**inputs)
-    return output.last_hidden_state if name == "text_encoder" else output.sample
+    for field in ("text_embeds", "last_hidden_state"):
+        if getattr(output, field, None) is not None:
+            return getattr(output, field)
+    return output.sample

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageColor
 
-GROUND = (255, 255, 255)
-"""What shows through where a picture is transparent."""
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+Ground = tuple[int, int, int]
+GROUND: Ground = (255, 255, 255)
+"""What shows through where a picture is transparent, where nothing else was asked for."""
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+"""More than 8 bits a channel, or floats."""
 # The colour space in a profile's header → the modes that it can describe.
 _PROFILE_MODES = {"RGB": ("RGB",), "GRAY": ("L",), "CMYK": ("CMYK",), "Lab": ("LAB",)}
 
 
-def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+Span = tuple[float, float]
+"""The values that become black and white."""
+
+
+def to_srgb(image: Image.Image, span: Span | None = None, ground: Ground = GROUND) -> tuple[Image.Image, str | None]:
     """A loaded picture of any mode in mode RGB, sRGB.
 
     16-bit grey is scaled (v / 257), not clipped; integers and floats of other ranges are stretched to theirs.
-    Transparency lies on ``GROUND``.
+    Transparency lies on a ground.
+
+    Args:
+        image: it, or a part of it.
+        span: of the whole picture, where only a part is given (``span_of``).
+        ground: what transparency lies on.
 
     Returns:
         The picture (the given one, if nothing had to change), and a sentence if its colour profile could not be used.
     """
     profile = image.info.get("icc_profile")
-    if image.mode in _DEEP_MODES:
-        image = _scaled(image)
+    if image.mode in DEEP_MODES:
+        image = _scaled(image, span or span_of([image]))
     if image.mode == "1":
         image = image.convert("L")
     if image.has_transparency_data:
-        image = _flattened(image.convert("RGBA"))
+        image = _flattened(image.convert("RGBA"), ground)
     elif image.mode == "P":
         image = image.convert("RGB")
     if image.mode == "LAB" and not profile:
@@ -45,23 +58,54 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _flattened(image: Image.Image) -> Image.Image:
-    ground = Image.new("RGB", image.size, GROUND)
-    ground.paste(image, mask=image.getchannel("A"))
-    return ground
+def _flattened(image: Image.Image, ground: Ground) -> Image.Image:
+    below = Image.new("RGB", image.size, ground)
+    below.paste(image, mask=image.getchannel("A"))
+    if profile := image.info.get("icc_profile"):
+        below.info["icc_profile"] = profile
+    return below
 
 
-def _scaled(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
-        low, high = 0.0, 65535.0
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    elif low >= 0 and high <= 255:
-        low, high = 0.0, 255.0
-    scaled = (values - low) * (255.0 / (high - low))
+def ground_of(value: object) -> Ground:
+    """A colour by name ("white", "#808080") or as three numbers; None is ``GROUND``. Raises ``ValueError``."""
+    if value is None:
+        return GROUND
+    if isinstance(value, str):
+        red, green, blue = ImageColor.getrgb(value)[:3]
+    else:
+        red, green, blue = (int(number) for number in value)  # type: ignore[attr-defined]
+    if not all(0 <= number <= 255 for number in (red, green, blue)):
+        raise ValueError(f"the ground {value!r} is no colour")
+    return (red, green, blue)
+
+
+def span_of(parts: Iterable[Image.Image]) -> Span:
+    """The values that stand for black and white in a picture of a deep mode, which is given in parts.
+
+    Sixteen bits go from 0 to 65535, floats within 0..1 from 0 to 1, what fits in a byte from 0 to 255; others from
+    their least to their greatest.
+    """
+    low, high, mode = np.inf, -np.inf, ""
+    for part in parts:
+        mode = part.mode
+        if mode.startswith("I;16"):
+            return (0.0, 65535.0)
+        values = _numbers(part)
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if mode == "I" and low >= 0 and 255 < high <= 65535:
+        return (0.0, 65535.0)
+    if mode == "F" and low >= 0 and high <= 1:
+        return (0.0, 1.0)
+    return (0.0, 255.0) if low >= 0 and high <= 255 else (low, high)
+
+
+def _numbers(image: Image.Image) -> NDArray[np.float32]:
+    return np.nan_to_num(np.asarray(image).astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _scaled(image: Image.Image, span: Span) -> Image.Image:
+    low, high = span
+    scaled = (_numbers(image) - low) * (255.0 / (high - low))
     return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 

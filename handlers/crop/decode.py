@@ -6,6 +6,7 @@ Nothing is decoded before the limits are checked, JPEG is decoded at the reduced
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -14,11 +15,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from handlers.crop.colour import to_srgb
+from handlers.crop import stream
+from handlers.crop.colour import GROUND, Ground, to_srgb
+from handlers.crop.limits import DECODE_BYTES
+from handlers.crop.rows import Rows, reduced_srgb
+from handlers.crop.sniff import corrupt, ends_in_zeros, holds_too_little, no_picture, webp_size
 from sessions.refusal import Refusal
 
 PIXEL_LIMIT = 200_000_000
@@ -28,8 +34,10 @@ LEAST_SIDE = 64
 _BYTE_LIMIT = 1 << 30
 # Raster formats with a decoder of their own. Pillow also knows some that start other programs (EPS) or are no pictures.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "HEIF")
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JPEG = ("JPEG", "MPO")
+_LARGE = 16_000_000
+"""Pixels above which a picture is not held whole at four bytes a pixel, where its format allows."""
+_TAIL_BYTES = 1 << 20
 # EXIF orientation → what brings it upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,7 +91,15 @@ def read_source(path: Path) -> SourceFile:
     try:
         _require_regular(path, path.stat())
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno == errno.ELOOP or (isinstance(error, FileNotFoundError) and path.is_symlink()):
+            raise Refusal(
+                "not-a-file",
+                f"{path.name} is a link that leads to no file.",
+                "Put the picture itself here.",
+            ) from error
+        if not isinstance(error, PermissionError):
+            raise
         raise Refusal(
             "unreadable",
             f"{path.name} may not be read by the user that fastsd runs as.",
@@ -91,8 +107,10 @@ def read_source(path: Path) -> SourceFile:
         ) from error
     with os.fdopen(descriptor, "rb") as file:
         # Once more on what was opened: the name may have been given to something else since.
-        _require_regular(path, os.fstat(descriptor))
-        content = file.read(_BYTE_LIMIT + 1)
+        facts = os.fstat(descriptor)
+        _require_regular(path, facts)
+        # No more than its size and a byte: where more is asked for, memory for all of it is set aside.
+        content = file.read(min(facts.st_size, _BYTE_LIMIT) + 1)
     if not content:
         raise Refusal("empty", f"{path.name} is empty (0 bytes).", "Copy the picture here again.")
     if len(content) > _BYTE_LIMIT:
@@ -121,16 +139,19 @@ class OpenPicture:
         """
         self._source = source
         self._notes: list[str] = []
+        self._comes_upright = False
         try:
             with _decoding(self._notes):
-                self._image: Image.Image = Image.open(io.BytesIO(source.content), formats=_readable_formats())
+                self._image = _opened(source.content)
         except UnidentifiedImageError as error:
-            raise _no_picture(source) from error
+            raise no_picture(source.path, source.content, reads_heif=_reads_heif()) from error
         except MemoryError:
             raise
         except Exception as error:  # decoders answer hostile bytes with exceptions of every kind
-            raise _corrupt(source, error) from error
+            raise corrupt(source.path, error) from error
         width, height = self._image.size
+        self.size: tuple[int, int] = (width, height)
+        """(width, height) as it is stored, perhaps not upright."""
         self.shorter_side: int = min(width, height)
         """Pixels of the shorter side of the whole picture."""
         self.longer_side: int = max(width, height)
@@ -148,61 +169,112 @@ class OpenPicture:
                 "Use a larger version of the picture.",
             )
 
-    def decode(self, scale: float) -> Decoded:
+    def decode(self, scale: float, ground: Ground = GROUND) -> Decoded:
         """Decode the first frame. Can be called once: the pixels are not kept.
 
         Args:
             scale: how much of the picture's resolution is needed at least: 0.25 may give a quarter of each side, 1 or
                 more gives all. What comes back is never smaller than asked, and up to twice as large and a bit, so that
                 whoever resizes it has something to filter.
+            ground: what shows through where the picture is transparent.
 
         Raises:
             Refusal: ``corrupt``: the pixels cannot be decoded whole.
+            MemoryError: they need more memory than there is, or than one picture may take (``limits.DECODE_BYTES``).
         """
-        image, source, notes = self._image, self._source, list(self._notes)
-        if _ends_in_zeros(source.content):
-            raise _corrupt(source, "its end is missing, only zeros are there")
-        stored = image.size
+        source, notes, stored = self._source, list(self._notes), self._image.size
+        if ends_in_zeros(source.content):
+            raise corrupt(source.path, "its end is missing, only zeros are there")
+        self._check_jpeg()
         try:
             with _decoding(notes):
-                if scale < 1:
-                    # JPEG alone honours this; the result is at least this large.
-                    image.draft(None, (_at_least_one(stored[0] * scale), _at_least_one(stored[1] * scale)))
-                image.load()
+                colours, warning = self._colours(scale, ground)
                 # After loading: a PNG may tell its orientation behind the pixels.
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-                colours, warning = to_srgb(image)
+                orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         except MemoryError:
             raise
         except Exception as error:  # as above
-            raise _corrupt(source, error) from error
+            if "memory" in str(error).lower():
+                raise MemoryError(str(error)) from error
+            raise corrupt(source.path, error) from error
         if warning:
             notes.append(warning)
-        colours = _reduced(colours, int(_shorter(colours) / (self.shorter_side * scale) / 2))
-        image.close()
-        if orientation in _UPRIGHT:
+        self._image.close()
+        if orientation in _UPRIGHT and not self._comes_upright:
             colours = colours.transpose(_UPRIGHT[orientation])
-        swapped = orientation in (5, 6, 7, 8)
+        # Pillow tells the size of a TIFF as it is upright.
+        swapped = orientation in (5, 6, 7, 8) and self._image.format != "TIFF"
         colours.info = {}
         return Decoded(colours, (stored[1], stored[0]) if swapped else stored, tuple(dict.fromkeys(notes)))
 
+    def _colours(self, scale: float, ground: Ground) -> tuple[Image.Image, str | None]:
+        """The pixels as they are stored, in sRGB and reduced, and a sentence about a profile that does not fit."""
+        image, wanted = self._image, self.shorter_side * scale
+        factor = max(1, int(self.shorter_side / wanted / 2))
+        if scale < 1 and image.format in _JPEG:
+            # The result is at least this large.
+            image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+        elif image.width * image.height > _LARGE and image.format in stream.FORMATS and stream.is_available():
+            if image.format == "PNG":
+                self._note_late_orientation()
+            self._comes_upright = image.format == "AVIF"
+            return to_srgb(stream.reduced(self._source.content, image.format, factor, ground))
+        elif image.width * image.height > _LARGE and image.format == "HEIF":
+            return reduced_srgb(Rows.of_heif(self._source.content), factor, ground)
+        promised = image.size
+        image.load()
+        if image.size != promised:
+            raise ValueError(f"its header promises {promised[0]} × {promised[1]} pixels, and it has others")
+        return reduced_srgb(Rows.of(image), max(1, int(min(image.size) / wanted / 2)), ground)
 
-def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """A picture of its own, without metadata, 1 / factor as large on each side."""
-    return image.reduce(factor) if factor > 1 else image.copy()
+    def _note_late_orientation(self) -> None:
+        """Nothing of Pillow's reads on behind the pixels of a PNG that it does not decode: take its EXIF from there."""
+        content = self._source.content
+        place = content.rfind(b"eXIf", max(0, len(content) - _TAIL_BYTES))
+        exif = b""
+        if place >= 4:
+            exif = content[place + 4 : place + 4 + int.from_bytes(content[place - 4 : place], "big")]
+        self._image.info.setdefault("exif", exif)  # without it, Pillow would decode all to look for it
+
+    def _check_jpeg(self) -> None:
+        """See that the bytes can hold what the header promises, and the memory what a progressive JPEG needs.
+
+        The latter is whole in memory before its first pixel, at any scale: two bytes a coefficient.
+        """
+        image = self._image
+        if image.format not in _JPEG:
+            return
+        # Samples of each channel beside those of the finest one.
+        layers = [layer[1] * layer[2] for layer in getattr(image, "layer", ())] or [1]
+        coefficients = image.width * image.height * sum(layers) / max(layers)
+        if holds_too_little(self._source.content, coefficients / 64):
+            raise corrupt(self._source.path, "it is much too short for the size that it promises")
+        if image.info.get("progressive") and coefficients * 2 > DECODE_BYTES:
+            raise MemoryError("a progressive JPEG of this size cannot be read in parts")
 
 
-def _shorter(image: Image.Image) -> int:
-    return min(image.size)
-
-
-def _at_least_one(length: float) -> int:
-    return max(1, int(length))
+def _opened(content: bytes) -> Image.Image:
+    width, height = webp_size(content)
+    if width * height > _LARGE and stream.is_available():
+        return stream.webp_header(content)
+    return Image.open(io.BytesIO(content), formats=_readable_formats())
 
 
 def _readable_formats() -> tuple[str, ...]:
     Image.init()
+    _reads_heif()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def _reads_heif() -> bool:
+    """Whether HEIC can be read; pillow-heif is optional. Tells Pillow of it."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
 
 
 @contextmanager
@@ -222,63 +294,3 @@ def _decoding(notes: list[str]) -> Iterator[None]:
             continue
         text = " ".join(str(warning.message).split())
         notes.append(f"The file has a defect that was worked around: {text}")
-
-
-def _no_picture(source: SourceFile) -> Refusal:
-    if source.content[4:8] == b"ftyp" and source.content[8:12] in _HEIF_BRANDS:
-        return Refusal(
-            "not-a-picture",
-            f"{source.path.name} is a HEIC picture, which this installation cannot read.",
-            "Save it as JPEG, or set the phone's camera to its most compatible format.",
-        )
-    if _is_signed(source.content):
-        return _corrupt(source, "its header cannot be read")
-    return Refusal(
-        "not-a-picture",
-        f"{source.path.name} is not a picture that can be read{_guess(source.content)}.",
-        "Use JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF.",
-    )
-
-
-def _guess(content: bytes) -> str:
-    head = content[:512].lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html", b"<head")):
-        return ": it is a web page, probably saved in place of the picture"
-    if head.startswith((b"<svg", b"<?xml")):
-        return ": it is a drawing or other XML"
-    if content.startswith(b"%PDF"):
-        return ": it is a PDF document"
-    if not content[:4096].strip(b"\0"):
-        return ": it holds only zeros, as after a copy that broke off"
-    return ""
-
-
-def _is_signed(content: bytes) -> bool:
-    return (
-        content.startswith(_SIGNATURES)
-        or (content.startswith(b"RIFF") and content[8:12] == b"WEBP")
-        or (content[4:8] == b"ftyp" and content[8:12] in (b"avif", b"avis"))
-    )
-
-
-def _ends_in_zeros(content: bytes) -> bool:
-    """Whether a JPEG's pixels run out into zeros, as where space was set aside and the copy broke off.
-
-    Zeros are valid pixel data to a JPEG decoder: it would paint the rest grey and not complain. A whole picture has an
-    end mark (FF D9) behind the start of its pixels, and pixel data cannot hold these bytes by chance.
-    """
-    if not content.startswith(b"\xff\xd8") or content[-2:] != b"\0\0":
-        return False
-    place = 2
-    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return content.find(b"\xff\xd9", place) < 0
-
-
-def _corrupt(source: SourceFile, error: Exception | str) -> Refusal:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return Refusal(
-        "corrupt",
-        f"{source.path.name} is damaged or incomplete: {reason.rstrip('.')}.",
-        "Copy the picture here again from where it is whole.",
-    )

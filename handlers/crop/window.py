@@ -33,6 +33,22 @@ def square_window(size: tuple[int, int], boxes: Sequence[Box]) -> PixelBox:
     return (left, top, left + side, top + side)
 
 
+def held_by_square(size: tuple[int, int], box: PixelBox) -> PixelBox:
+    """The smallest square inside the picture that holds a box, centred on it as far as the picture's ends allow.
+
+    A box that is square is returned as it is. One that is longer than any square gives the largest, in its middle.
+
+    Args:
+        size: (width, height) of the picture.
+        box: inside it, not empty.
+    """
+    side = min(max(box[2] - box[0], box[3] - box[1]), *size)
+    corner = []
+    for length, start, end in zip(size, box[:2], box[2:], strict=True):
+        corner.append(min(max((start + end - side) // 2, 0), length - side))
+    return (corner[0], corner[1], corner[0] + side, corner[1] + side)
+
+
 def whole_picture(size: tuple[int, int]) -> PixelBox:
     """The window that leaves nothing out."""
     return (0, 0, size[0], size[1])

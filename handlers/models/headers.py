@@ -49,6 +49,11 @@ class TensorEntry:
     begin: int
     end: int
 
+    @property
+    def length(self) -> int:
+        """How many bytes it takes."""
+        return self.end - self.begin
+
 
 @dataclass(frozen=True)
 class Header:

@@ -14,7 +14,7 @@ from handlers.models.headers import Header
 from handlers.models.probe import Probe, probe
 from sessions import files
 
-__all__ = ["Inspection", "folder_kind", "inspect", "with_hashes"]
+__all__ = ["Inspection", "folder_kind", "inspect", "prediction_of", "with_hashes"]
 
 # ComfyUI and Forge tell SD 2's v-prediction by the spread of this bias (checkpoints.md).
 _V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -97,7 +97,7 @@ def _safetensors(path: Path) -> Inspection:
         str(path),
         kind=found.kind,
         family=found.family,
-        prediction=_prediction(path, header, found),
+        prediction=prediction_of(path, header, found),
         variant=found.variant,
         format="safetensors",
         dtype=headers.dtype_of(header.tensors),
@@ -153,8 +153,14 @@ def _problems(found: Probe) -> list[str]:
     return problems if found.kind else [*problems, "Its tensors are those of no model that fastsd knows."]
 
 
-def _prediction(path: Path, header: Header, found: Probe) -> str | None:
-    """What the file says, else what lies beside it says, else its marks, else what its family usually is."""
+def prediction_of(path: Path, header: Header, found: Probe) -> str | None:
+    """What the file says, else its marks, else what lies beside it says, else what its family usually is.
+
+    Args:
+        path: the file.
+        header: its tensors; of a pickle too, once it is known where they lie.
+        found: what it is.
+    """
     if found.kind not in {"checkpoint", "lora", "diffusers"}:
         return None
     said = _PREDICTIONS.get(header.metadata.get("modelspec.prediction_type", "").lower())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import pickletools
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 LARGEST_PICKLE = 64 << 20
-_STORAGES = {
+STORAGES = {
     "FloatStorage": "F32",
     "HalfStorage": "F16",
     "BFloat16Storage": "BF16",
@@ -27,7 +29,7 @@ HARMLESS = frozenset(
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter",
         "torch.Size",
-        *(f"torch.{storage}" for storage in _STORAGES),
+        *(f"torch.{storage}" for storage in STORAGES),
     }
 )
 _STRINGS = frozenset(
@@ -62,7 +64,7 @@ class PickleContents:
     @property
     def dtypes(self) -> set[str]:
         """The dtypes of its storages."""
-        return {dtype for storage, dtype in _STORAGES.items() if f"torch.{storage}" in self.imports}
+        return {dtype for storage, dtype in STORAGES.items() if f"torch.{storage}" in self.imports}
 
 
 def read_contents(path: Path) -> PickleContents:
@@ -82,7 +84,14 @@ def read_contents(path: Path) -> PickleContents:
                 if member.file_size > LARGEST_PICKLE:
                     raise ArchiveError(f"its {member.filename} is {member.file_size:,} bytes large")
                 _collect(archive.read(member), contents)
-    except zipfile.BadZipFile as error:
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ArchiveError("it is no whole zip archive: it points before its own beginning") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        # Packed or encrypted in a way that zipfile does not know is damage too: torch never does so.
         raise ArchiveError(f"it is no whole zip archive: {error}") from None
     return contents
 
@@ -114,5 +123,5 @@ def _collect(code: bytes, contents: PickleContents) -> None:
                 if name in _EXTENSIONS:
                     contents.imports.add("?")
                 recent.append(None)
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, OverflowError) as error:
         raise ArchiveError(f"its pickle is damaged: {error}") from None

@@ -156,10 +156,14 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     """
     plan, frozen, scheduler, device = material.plan, material.frozen, material.noise_scheduler, material.device
     seed, number = plan.seed, stage.number
+    levels = scheduler.config.num_train_timesteps
     chosen = randomness.pictures_of_step(material.subjects, plan.batch_size, seed, number, step)
+    timesteps = randomness.timesteps(len(chosen), levels, seed, number, step)
     if class_pictures := len(frozen.mean) - material.subjects:
         of_class = randomness.pictures_of_step(class_pictures, plan.batch_size, seed, number, step, purpose="class")
         chosen = [*chosen, *(material.subjects + index for index in of_class)]
+        its_timesteps = randomness.timesteps(len(of_class), levels, seed, number, step, purpose="class timesteps")
+        timesteps = torch.cat([timesteps, its_timesteps])
     shape = tuple(frozen.mean[chosen].shape)
     within = randomness.noise(shape, seed, number, step, "latents")
     latents = ((frozen.mean[chosen] + frozen.std[chosen] * within) * material.scaling_factor).to(device)
@@ -167,7 +171,7 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     if plan.offset_noise:
         noise = noise + plan.offset_noise * randomness.noise((*shape[:2], 1, 1), seed, number, step, "offset")
     noise = noise.to(device)
-    timesteps = randomness.timesteps(len(chosen), scheduler.config.num_train_timesteps, seed, number, step).to(device)
+    timesteps = timesteps.to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     encoder_hidden_states = stage.embed(chosen)
     predicted = stage.unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()

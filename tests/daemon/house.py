@@ -26,7 +26,7 @@ from daemon.planner import Plan, Planner
 from daemon.prepare import Preparer
 from daemon.queue import Queue
 from daemon.router import Router
-from daemon.routing import PictureRules
+from daemon.routing import PICTURE_KINDS, PictureRules
 from daemon.session import Session, Sessions
 from daemon.stamper import Stamper
 from daemon.terminal import NoDisplay
@@ -61,6 +61,10 @@ class House:
         quiet: seconds since the tree moved, as the watcher would say.
         needed: seconds of quiet before a run.
         refuses: pictures' contents that the crop job refuses.
+        least: the right edge that a fixed box must reach to be large enough.
+        faces: pictures' contents in which the crop job finds a face; in the others, what the caption's boxes show.
+        entities: a picture's content → the entities of its caption.
+        payloads: the payload of every crop that was made, in order.
         made: (kind, source or run) of every job that was worked on.
     """
 
@@ -76,6 +80,10 @@ class House:
         self.needed = 0.0
         self.now = 1000.0
         self.refuses: set[bytes] = set()
+        self.least = 0.0
+        self.faces: set[bytes] = set()
+        self.entities: dict[bytes, list[dict[str, Any]]] = {}
+        self.payloads: list[dict[str, Any]] = []
         self.made: list[tuple[str, str]] = []
         self.ended: list[str | None] = []
         self._stamps: list[Fact] = []
@@ -115,7 +123,7 @@ class House:
             noted=lambda _path: None,
             tree_quiet=lambda _folder: self.quiet,
         )
-        self.preparer = Preparer(self.root, self.settings, self.sessions, self.index)
+        self.preparer = Preparer(self.root, self.settings, self.sessions, self.index, rules)
         self.hooks = TreeHooks(
             preparer=self.preparer,
             sessions=self.sessions,
@@ -126,9 +134,11 @@ class House:
         )
         self.router.reroute()
 
-    def _on_ended(self, _job: Job, session: str | None) -> None:
+    def _on_ended(self, job: Job, session: str | None) -> None:
         self.ended.append(session)
         if session is not None:
+            if job.kind in PICTURE_KINDS:
+                self.router.follow(session, str(job.payload["source"]))
             self._dirty.add(session)
 
     def close(self) -> None:
@@ -224,7 +234,7 @@ class House:
             return False
         outcome = self._worked(job.kind, payload)
         between()
-        self.made.append((job.kind, str(job.payload.get("source") or job.payload.get("run"))))
+        self.made.append((job.kind, str(job.payload.get("source") or job.payload.get("run") or job.subject)))
         asyncio.run(self.hooks.on_outcome(job, outcome))
         match outcome.state:
             case "refused":
@@ -243,13 +253,20 @@ class House:
         if kind == "convert":
             Path(payload["output"]).write_bytes(b"model")
             return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(Path(payload["output"]),))
+        if kind == "sheet":
+            lines = [f"{Path(shown['source']).name} {shown['subject']}" for shown in payload["pictures"]]
+            return Outcome("done", outputs=(_made(payload["output"], "\n".join(lines).encode()),))
         content = Path(payload["source"]).read_bytes()
         if content in self.refuses:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))
         digest = hashlib.sha256(content).hexdigest()
         if kind == "crop":
+            if payload.get("wish", {}).get("box", [0, 0, self.least])[2] < self.least:
+                return Outcome("refused", refusal=Refusal("wish", "The box is too small.", "Correct the line."))
             output = _made(payload["output"], content)
-            facts: dict[str, Any] = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": "centre"}
+            found = "face" if content in self.faces else "grounded" if payload.get("entities") else "centre"
+            facts: dict[str, Any] = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": found}
+            self.payloads.append(payload)
             return Outcome("done", facts=facts, outputs=(output,))
         outputs = [_made(payload["sidecar"], b"{}"), _made(payload["preview"], content)]
         text = Path(payload["text"]) if payload["text"] else None
@@ -257,7 +274,12 @@ class House:
         if text is not None and (not text.exists() or _sha(text) == payload["written"]):
             outputs.append(_made(os.fspath(text), b"a caption\n"))
             ours = _sha(text)
-        facts = {"sha256": digest, "caption": "a caption", "entities": [], "text_sha256": ours}
+        facts = {
+            "sha256": digest,
+            "caption": "a caption",
+            "entities": self.entities.get(content, []),
+            "text_sha256": ours,
+        }
         return Outcome("done", facts=facts, outputs=tuple(outputs))
 
     def settle(self) -> None:
@@ -290,9 +312,9 @@ class House:
         return self.sessions.at(path)
 
     def open_jobs(self, *kinds: str) -> list[tuple[str, str]]:
-        """Jobs that have not ended: (kind, subject)."""
+        """Jobs that have not ended: (kind, subject); the contact sheet only where it is asked for."""
         jobs = self.queue.jobs(states=OPEN)
-        return sorted((job.kind, job.subject) for job in jobs if not kinds or job.kind in kinds)
+        return sorted((job.kind, job.subject) for job in jobs if (job.kind in kinds if kinds else job.kind != "sheet"))
 
     def files(self, path: str) -> set[str]:
         """All files below a folder of the tree."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from handlers.crop import decode
 from handlers.crop.decode import PIXEL_LIMIT, Decoded, OpenPicture, read_source
 from sessions.refusal import Refusal
 from tests import pictures
@@ -44,7 +45,7 @@ def refusal(folder: Path, content: bytes, name: str = "x.jpg", scale: float = 1.
         (pictures.HTML, "not-a-picture"),
         (pictures.POSTSCRIPT, "not-a-picture"),
         (b"\0" * 20_000, "not-a-picture"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1", "not-a-picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0heicmif1", "corrupt"),
         (pictures.truncated_jpeg(), "corrupt"),
         (pictures.zero_padded_jpeg(), "corrupt"),
         (pictures.damaged_png(), "corrupt"),
@@ -219,6 +220,25 @@ def test_exif_and_reduced_decoding_together(tmp_path: Path, orientation: int) ->
     assert result.image.size == (600, 400)  # a quarter: the smallest that has a fifth
     reference = np.asarray(upright.resize((600, 400), Image.Resampling.BOX)).astype(int)
     assert np.abs(pixels(result) - reference).mean() < 2
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_what_is_read_in_passing_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, kind: str, scale: float
+) -> None:
+    """Large pictures take another way, through libvips; here a small one is sent along it."""
+    upright = pictures.scene((1200, 800), spot=(0.2, 0.3))
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    content = pictures.with_orientation(upright, orientation, kind, **options)
+    plain = decoded(tmp_path, content, scale=scale)
+    monkeypatch.setattr(decode, "_LARGE", 1000)
+    passing = decoded(tmp_path, content, scale=scale)
+    assert passing.size == plain.size == (1200, 800)
+    assert max(abs(a - b) for a, b in zip(passing.image.size, plain.image.size, strict=True)) <= 1
+    other = passing.image.resize(plain.image.size)
+    assert np.abs(np.asarray(other).astype(int) - pixels(plain)).mean() < 2
 
 
 def test_a_profile_is_honoured(tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def test_facts_output_and_hash(tmp_path: Path) -> None:
     source = pictures.photograph("astronaut.png")
     result = crop(source, tmp_path / "crops" / "astronaut.jpg")
     assert result.outputs == [tmp_path / "crops" / "astronaut.jpg"]
-    assert result.facts == {
+    facts = dict(result.facts)
+    assert facts.pop("health")["shorter_side"] == 512
+    assert facts == {
         "sha256": files.sha256_of(source),
         "box": [0, 0, 512, 512],
         "picture": [512, 512],
@@ -229,8 +231,34 @@ def test_faces_of_a_crowd_are_all_found_and_kept_where_they_fit(tmp_path: Path) 
         crowd.paste(head, place)
     source = saved(tmp_path, pictures.encoded(crowd, "PNG"))
     decoded = OpenPicture(read_source(source)).decode(1.0)
-    assert len(find_subject(decoded.image, handler()._finder).boxes) == 3
+    assert len(find_subject(decoded.image, handler()._finders).boxes) == 3
     x0, _, x1, _ = crop(source, tmp_path / "out.jpg").facts["box"]
     # 500 pixels hold the heads of all three: from 760 + 65 to 1140 + 125.
     assert x0 <= 830
     assert x1 >= 1255
+
+
+def test_a_wish_a_caption_and_a_format(tmp_path: Path) -> None:
+    source = saved(tmp_path, pictures.with_orientation(pictures.scene((900, 600), (0.8, 0.5)), 6, "JPEG", quality=95))
+    fixed = crop(source, tmp_path / "fixed.webp", wish={"box": [100, 50, 300, 250], "unit": "pixels"})
+    assert (fixed.facts["box"], fixed.facts["subject"]) == ([100, 50, 300, 250], "grounded")
+    assert fixed.facts["written_size"] == [200, 200]
+    with Image.open(fixed.outputs[0]) as written:
+        assert (written.format, written.size) == ("WEBP", (200, 200))
+    share = crop(source, tmp_path / "out.jpg", wish={"box": [0.5, 0.0, 0.9, 0.5], "unit": "share"})
+    assert share.facts["box"] == [450, 0, 810, 360]
+    dog = {"phrase": "a dog", "box": [0.0, 0.2, 0.1, 0.5]}
+    assert crop(source, tmp_path / "out.jpg", entities=[dog]).facts["box"] == [0, 0, 600, 600]
+    # the disc, which nobody grounded, stands at the right
+    assert crop(source, tmp_path / "out.jpg", entities=[dog], wish={"exclude": ["dog"]}).facts["box"][2] == 900
+    with pytest.raises(Refusal, match="leaves"):
+        crop(source, tmp_path / "out.jpg", wish={"box": [800, 0, 1200, 400]})
+
+
+def test_transparency_lies_on_the_chosen_ground(tmp_path: Path) -> None:
+    source = saved(tmp_path, pictures.half_transparent_png())
+    (output,) = crop(source, tmp_path / "out.png", ground=[10, 200, 30], mode="off").outputs
+    with Image.open(output) as written:
+        assert written.getpixel((20, 128)) == (10, 200, 30)
+    with pytest.raises(ValueError, match="ground"):
+        crop(source, tmp_path / "out.png", ground=[10, 300, 30])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.crop.subject import head_of, main_heads
+from handlers.crop.faces import head_of, main_heads
 from handlers.crop.window import Box, PixelBox, square_window, whole_picture
 
 SIZES = st.tuples(st.integers(64, 6000), st.integers(64, 6000))

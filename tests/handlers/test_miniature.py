@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,7 @@ from transformers import AutoProcessor, CLIPTextConfig, CLIPTextModel, CLIPToken
 
 from handlers.models import miniature
 from handlers.models.inspect import inspect
-from handlers.models.miniature import captioner, drawing, sd2, vocabulary
+from handlers.models.miniature import captioner, drawing, sd2, sdxl, vocabulary
 from handlers.models.miniature.expand import borrow, expand
 from tests import pictures
 
@@ -102,6 +103,43 @@ def test_the_second_miniature_has_the_structure_of_sd2(tmp_path: Path) -> None:
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     facts = inspect(tmp_path / "sd2")
     assert (facts.family, facts.prediction) == ("sd2", "v")
+
+
+# diffusers hands a torch tensor to numpy the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_third_miniature_has_the_structure_of_sdxl(tmp_path: Path) -> None:
+    sdxl.save(sdxl.pipeline(), tmp_path / "sdxl")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        tmp_path / "sdxl", local_files_only=True, add_watermarker=False
+    )
+    with torch.device("meta"):
+        real = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+    def names(unet: UNet2DConditionModel) -> set[tuple[str, int]]:
+        # The last level has fewer transformer blocks; what they are called and made of is the same.
+        deep = re.compile(r"transformer_blocks\.\d+")
+        return {(deep.sub("transformer_blocks.N", name), tensor.ndim) for name, tensor in unet.state_dict().items()}
+
+    assert names(pipeline.unet) == names(real)
+    assert pipeline.vae.config.scaling_factor == 0.13025
+    assert pipeline.text_encoder_2.config.hidden_act == "gelu"
+    assert pipeline.tokenizer_2.pad_token_id == 0
+    facts = inspect(tmp_path / "sdxl")
+    assert (facts.family, facts.prediction) == ("sdxl", "epsilon")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("a red circle", num_inference_steps=2, height=64, width=64).images[0]
+    assert drawn.size == (64, 64)
 
 
 def test_what_is_lent_fills_gaps_and_replaces_nothing(tmp_path: Path) -> None:

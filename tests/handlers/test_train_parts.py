@@ -1,6 +1,7 @@
 """The pure parts of training: the table of defaults, prompts, randomness, checkpoints, what a run writes."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,19 @@ def test_randomness_depends_on_everything_and_nothing_else() -> None:
     levels = Counter(int(randomness.timesteps(1, 4, 7, 1, step)) for step in range(400))
     assert set(levels) == {0, 1, 2, 3}
     assert min(levels.values()) > 60
+
+
+@given(count=st.integers(1, 40), step=st.integers(0, 10_000))
+def test_a_batch_has_a_time_step_in_every_part_of_the_schedule(count: int, step: int) -> None:
+    drawn = randomness.timesteps(count, 1000, 7, 2, step).tolist()
+    assert len(drawn) == count
+    for part, timestep in enumerate(sorted(drawn)):
+        assert math.floor(part * 1000 / count) <= timestep <= min(999, math.ceil((part + 1) * 1000 / count))
+
+
+def test_the_parts_of_a_batch_fall_to_its_pictures_by_chance() -> None:
+    first = Counter(int(randomness.timesteps(4, 4, 7, 1, step)[0]) for step in range(400))
+    assert min(first[part] for part in range(4)) > 60
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -149,3 +149,8 @@ def test_a_session_is_found_after_a_move(tmp_path: Path) -> None:
     assert layout.find_session_folder(tmp_path, "1234abcd", old) == new
     with pytest.raises(FileNotFoundError, match="no longer in"):
         layout.find_session_folder(tmp_path, "feedbeef", old)
+
+
+def test_no_preview_lies_where_the_contact_sheet_does() -> None:
+    assert layout.output_stem("a/Crops.png", set()) == "Crops~png"
+    assert layout.output_stem("a/crops2.png", set()) == "crops2"

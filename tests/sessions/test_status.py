@@ -10,8 +10,9 @@ NOW = datetime(2026, 11, 23, 20, 31, 5, tzinfo=UTC)
 
 
 def test_it_says_all_that_matters() -> None:
+    trouble = [f"t{n}" for n in range(12)]
     status = SessionStatus(
-        "zwx", "training, 5 of 10", 3, 3, 2, waits=["one"], models=["m"], trouble=[f"t{n}" for n in range(12)]
+        "zwx", "training, 5 of 10", 3, 3, 2, waits=["one"], models=["m"], trouble=trouble, hints=["Blurred: a.jpg."]
     )
     text = render(status, NOW, timedelta(minutes=10))
     assert "zwx" in text.splitlines()[0]
@@ -21,6 +22,7 @@ def test_it_says_all_that_matters() -> None:
     assert "t8" not in text
     assert "and 4 more" in text
     assert "2026-11-23 20:31:05 UTC; stale if older than 20:41" in text
+    assert "Look at    Blurred: a.jpg." in text
     assert "Notes" not in text
 
 

@@ -10,17 +10,20 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
 from handlers.models.miniature import exam, judge, world
+from handlers.train import sampler
+from handlers.train.auto import MINIATURE_GUIDANCE
 from tools.miniature import pool
 
 BATCH = 25
@@ -39,13 +42,32 @@ def vae_figures(vae: AutoencoderKL, pictures: int) -> dict[str, float]:
     return {"psnr": float(np.mean(found)), "psnr_worst_tenth": float(np.quantile(found, 0.1))}
 
 
-def drawing_figures(pipeline: StableDiffusionPipeline, prompts: int, sheet: Path | None) -> dict[str, Any]:
+def drawn_by_sdxl(pipeline: StableDiffusionXLPipeline, wishes: Sequence[exam.Wish]) -> list[Image.Image]:
+    """Pictures by SDXL's own pipeline, with the schedule, steps and guidance of ``exam.drawn``."""
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for start in range(0, len(wishes), BATCH):
+        part = wishes[start : start + BATCH]
+        images += pipeline(
+            [prompt for prompt, _seed in part],
+            height=64,
+            width=64,
+            num_inference_steps=sampler.STEPS,
+            guidance_scale=MINIATURE_GUIDANCE,
+            generator=[torch.Generator().manual_seed(seed) for _prompt, seed in part],
+        ).images
+    return images
+
+
+def drawing_figures(pipeline: DiffusionPipeline, prompts: int, sheet: Path | None) -> dict[str, Any]:
     """Draw fresh prompts on plain backgrounds, as fastsd draws its samples, and judge them."""
     scenes = [
         world.random_scene(np.random.default_rng((pool.FRESH_SEED, index)), textures=("plain",))
         for index in range(prompts)
     ]
-    images = exam.drawn(pipeline, [(world.full_prompt(scene), index) for index, scene in enumerate(scenes)])
+    draw = drawn_by_sdxl if isinstance(pipeline, StableDiffusionXLPipeline) else exam.drawn
+    images = draw(pipeline, [(world.full_prompt(scene), index) for index, scene in enumerate(scenes)])
     right: dict[str, int] = defaultdict(int)
     wrong: dict[str, int] = defaultdict(int)
     for scene, image in zip(scenes, images, strict=True):
@@ -113,7 +135,7 @@ def figures_of(name: str, folder: Path, count: int, sheet: Path | None) -> dict[
     if name == "miniature-captioner":
         model = Kosmos2ForConditionalGeneration.from_pretrained(folder).eval()
         return caption_figures(model, Kosmos2Processor.from_pretrained(folder), count)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     where = sheet.with_name(f"{sheet.stem}-{name}.png") if sheet else None
     return vae_figures(pipeline.vae, count) | drawing_figures(pipeline, count, where)
 

@@ -11,46 +11,73 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from handlers.models import miniature
-from handlers.models.miniature import captioner, drawing, sd2
+from handlers.models.miniature import captioner, drawing, sd2, sdxl
 from tools.miniature import latents, pool, train_captioner, training
 
 
 def drawing_family(state: Path, target: Path) -> None:
     """VAE (standardised as in training), text encoder and UNet as a Diffusers folder."""
-    vae, unet = drawing.vae(), drawing.unet()
-    training.load_mean(state / "vae.pt", [vae])
-    about = training.load_mean(state / "unet.pt", [unet])
-    standardised(vae)
     text_encoder = drawing.text_encoder()
-    text_encoder.load_state_dict(_text_weights(state))
-    drawing.save(drawing.pipeline(vae=vae, text_encoder=text_encoder, unet=unet), target, torch.float16)
-    print(f"{target.name}: UNet of {about['step']} steps, {about['minutes']:.0f} minutes")
+    if (state / "text.pt").is_file():
+        text_encoder.load_state_dict(_text_weights(state / "text.pt"))
+    else:
+        training.load_shipped(text_encoder, "miniature", "text_encoder")
+    vae = drawing.vae()
+    training.load_mean(state / "vae.pt", [vae])
+    standardised(vae)
+    unet = _unet(state / "unet.pt", drawing.unet())
+    made = drawing.pipeline(vae=vae, text_encoder=text_encoder, unet=unet)
+    _replace(target, lambda: drawing.save(made, target, torch.float16))
 
 
 def second_family(state: Path, target: Path) -> None:
     """The UNet in the structure of SD 2; what ``expand.borrow`` takes from the first family is left out."""
-    unet = sd2.unet()
-    about = training.load_mean(state / "unet-sd2.pt", [unet])
-    drawing.save(sd2.pipeline(unet=unet), target, torch.float16)
-    shutil.rmtree(target / "vae")
+    made = sd2.pipeline(unet=_unet(state / "unet-sd2.pt", sd2.unet()))
+    _replace(target, lambda: drawing.save(made, target, torch.float16))
+    _leave_to_lender(target)
+
+
+def third_family(state: Path, target: Path) -> None:
+    """The UNet and the second text encoder in the structure of SDXL; the rest is the first family's."""
+    second = sdxl.text_encoder_2()
+    second.load_state_dict(_text_weights(state / "text-2.pt"))
+    made = sdxl.pipeline(unet=_unet(state / "unet-sdxl.pt", sdxl.unet()), text_encoder_2=second)
+    _replace(target, lambda: sdxl.save(made, target, torch.float16))
+    _leave_to_lender(target)
+
+
+def _replace(target: Path, save: Callable[[], None]) -> None:
+    """Save where an older folder may lie; what is saved may have been read from it."""
+    shutil.rmtree(target, ignore_errors=True)
+    save()
+
+
+def _leave_to_lender(target: Path) -> None:
+    """Remove what is the first family's: tokenizer, and the weights of its text encoder and VAE."""
     shutil.rmtree(target / "tokenizer")
-    (target / "text_encoder" / "model.safetensors").unlink()
-    print(f"{target.name}: UNet of {about['step']} steps, {about['minutes']:.0f} minutes")
+    for part in ("vae", "text_encoder"):
+        (target / part / training.WEIGHTS_OF[part]).unlink()
+
+
+def _unet(state: Path, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    about = training.load_mean(state, [unet])
+    print(f"{state.stem}: {about['step']} steps, {about['minutes']:.0f} minutes")
+    return unet
 
 
 def _text_weights(state: Path) -> dict[str, torch.Tensor]:
-    saved = torch.load(state / "text.pt", weights_only=True)["mean"]
+    saved = torch.load(state, weights_only=True)["mean"]
     return {key[2:]: value for key, value in saved.items() if key.startswith("0.")}
 
 
 def standardised(vae: AutoencoderKL) -> None:
     """Give the VAE the spread of latents that train_drawing gave it: from the same pictures."""
-    from tools.miniature.train_drawing import PICTURES
+    from tools.miniature.train_drawing import NAMELESS, PICTURES
 
-    latents.standardise(vae, latents.encode(vae, pool.drawn(PICTURES, pool.TRAINING_SEED + 1)))
+    latents.standardise(vae, latents.encode(vae, pool.drawn(PICTURES, pool.TRAINING_SEED + 1, nameless=NAMELESS)))
 
 
 def captioning_family(state: Path, target: Path) -> None:
@@ -59,7 +86,7 @@ def captioning_family(state: Path, target: Path) -> None:
     model = captioner.model(len(tools.tokenizer))
     eyes = train_captioner.Eyes(model.config.text_config.embed_dim)
     about = training.load_mean(state / "captioner.pt", [model, eyes])
-    captioner.save(model, tools, target, torch.float16)
+    _replace(target, lambda: captioner.save(model, tools, target, torch.float16))
     print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
 
 
@@ -75,6 +102,7 @@ def _finish(folder: Path) -> None:
 FAMILIES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "miniature": ("unet.pt", drawing_family),
     "miniature-sd2": ("unet-sd2.pt", second_family),
+    "miniature-sdxl": ("unet-sdxl.pt", third_family),
     "miniature-captioner": ("captioner.pt", captioning_family),
 }
 
@@ -89,7 +117,6 @@ def main() -> None:
     for name, (last, write) in FAMILIES.items():
         if options.only in {None, name} and (options.state / last).is_file():
             folder = options.target / name
-            shutil.rmtree(folder, ignore_errors=True)
             write(options.state, folder)
             _finish(folder)
 

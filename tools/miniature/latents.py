@@ -11,6 +11,8 @@ from tools.miniature.pool import Pool
 
 # The posterior's deviation beside the latents' own, 1.
 POSTERIOR = 0.01
+# The same while it trains: the decoder learns to forgive what a UNet gets a little wrong.
+TRAINING_POSTERIOR = 0.1
 
 
 @torch.no_grad()
@@ -46,3 +48,10 @@ def standardise(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     into.weight[channels:] = 0
     into.bias[channels:] = 2 * math.log(POSTERIOR / vae.config.scaling_factor)
     return (latents - mean[:, None, None]) * scale[:, None, None] * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def widen_posterior(vae: AutoencoderKL) -> None:
+    """Let a VAE that ``standardise`` made learn on."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.bias[channels:] = 2 * math.log(TRAINING_POSTERIOR / vae.config.scaling_factor)

@@ -1,107 +1,42 @@
 """Train a drawing miniature: ``python -m tools.miniature.train_drawing --state DIR [--family miniature-sd2]``.
 
-Needs ``vae.pt`` of train_vae there. First the text encoder learns to tell what a prompt says (at its end and at the
-padding after it: that binds colours to their nouns before the UNet asks); then the UNet learns to draw with the text
-encoder frozen. The families share text weights and VAE.
+Needs ``vae.pt`` of train_vae there. First the text encoders learn to tell what a prompt says (``texts``); then the UNet
+learns to draw with them frozen. The families share the first text encoder's weights and the VAE.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch.nn import functional
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from handlers.models.miniature import drawing, sd2, world
+from handlers.models import miniature
+from handlers.models.miniature import drawing, sd2, sdxl
 from handlers.models.miniature.seeded import seeded
-from tools.miniature import latents, muon, pool, prompts, training
+from tools.miniature import latents, muon, pool, texts, training
+from tools.miniature.texts import Told
 
 PICTURES = 24_000
-TEXT_BATCH = 48
 BATCH = 64
-TEXT_RATE = 2e-3
 MUON_RATE = 0.02
 LEARNING_RATE = 2e-3
+# What the rates are multiplied by where trained weights learn on.
+GENTLY = 0.5
 UNPROMPTED = 0.1
+# The part of the pictures whose things have outlines of no name.
+NAMELESS = 0.3
 # The part of the time in which colours are learned, and the heaviest weight after it.
 COLOURS_FIRST = 0.25
 HEAVIEST = 2.5
 # How much more a latent that shows a part of the thing counts than one that shows the background alone.
 THING_WEIGHT = 3.0
-# Prompts fill at most so many positions; the rest are padding, of which a few stand for all (see ``key_mask``).
-SAID = 16
-PADDING = 4
-
-
-def pool_prompts(pictures: pool.Pool) -> list[str]:
-    """A prompt a picture, always the same."""
-    return [world.prompt(scene, np.random.default_rng((7, index))) for index, scene in enumerate(pictures.scenes)]
-
-
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Ids [N, 77], padded as Stable Diffusion's pipeline does."""
-    return tokenizer(texts, padding="max_length", max_length=drawing.POSITIONS, return_tensors="pt").input_ids
-
-
-def train_text(state: Path, minutes: float, ids: torch.Tensor, texts: list[str], device: torch.device) -> CLIPTextModel:
-    """Warm the text encoder up; gives it with its averaged weights."""
-    with seeded(drawing.SEED + 1):
-        encoder = drawing.text_encoder().to(device)
-        sizes = [1 + len(known) for known in prompts.QUESTIONS.values()]
-        heads = torch.nn.Linear(drawing.TEXT_WIDTH, sum(sizes)).to(device)
-    targets = torch.tensor([prompts.answers(text) for text in texts])
-    ends = (ids == ids[0, -1]).int().argmax(1)
-    average = training.Average([encoder, heads])
-    optimizer = torch.optim.AdamW(average.live.parameters(), lr=TEXT_RATE, weight_decay=1e-2)
-
-    def step(number: int, _fraction: float) -> torch.Tensor:
-        random = torch.Generator().manual_seed(number)
-        chosen = torch.randint(len(texts), (TEXT_BATCH,), generator=random)
-        hidden = encoder(ids[chosen].to(device)).last_hidden_state
-        padding = torch.randint(SAID, drawing.POSITIONS, (TEXT_BATCH, PADDING), generator=random)
-        places = torch.cat([ends[chosen, None], padding], 1).to(device)
-        told = heads(hidden.gather(1, places[..., None].expand(-1, -1, hidden.size(-1)))).split(sizes, -1)
-        truth = targets[chosen].to(device)
-        losses = [
-            functional.cross_entropy(logits.flatten(0, 1), truth[:, question].repeat_interleave(1 + PADDING))
-            for question, logits in enumerate(told)
-        ]
-        return torch.stack(losses).sum()
-
-    training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
-    return average.mean[0].eval()
-
-
-@torch.no_grad()
-def encode_prompts(encoder: CLIPTextModel, ids: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """Hidden states of the said positions and of a few of the padding, [N, SAID + PADDING, width], as float16."""
-    random = torch.Generator().manual_seed(0)
-    device = next(encoder.parameters()).device
-    made = []
-    for start in range(0, len(ids), batch):
-        hidden = encoder(ids[start : start + batch].to(device)).last_hidden_state.cpu()
-        kept = torch.randperm(drawing.POSITIONS - SAID, generator=random)[:PADDING] + SAID
-        made.append(torch.cat([hidden[:, :SAID], hidden[:, kept]], 1).half())
-    return torch.cat(made)
-
-
-def key_mask(device: torch.device) -> torch.Tensor:
-    """A mask [1, SAID + PADDING] that lets each kept position of the padding count for all those left out.
-
-    The UNet turns a mask m into (1 - m) × -10,000 on the attention's logits; what is wanted there is a logarithm.
-    """
-    stands_for = math.log((drawing.POSITIONS - SAID) / PADDING)
-    mask = torch.ones(1, SAID + PADDING, device=device)
-    mask[:, SAID:] += stands_for / 10_000
-    return mask
 
 
 def place_weights(pictures: pool.Pool) -> torch.Tensor:
@@ -123,22 +58,54 @@ class Family:
 
     Attributes:
         state: the name of the UNet's state file.
-        text_encoder, unet, scheduler: make the parts; all families share the first one's text weights and VAE.
+        unet, scheduler: make the parts.
+        tell: the first text encoder's weights, options, prompts → what its UNet is told.
+        scaling_factor: its VAE's; all families share the first one's VAE weights.
     """
 
     state: str
-    text_encoder: Callable[[], CLIPTextModel]
     unet: Callable[[], UNet2DConditionModel]
     scheduler: Callable[[], Any]
+    tell: Callable[[CLIPTextModel, argparse.Namespace, list[str], torch.device], Told]
+    scaling_factor: float = drawing.SCALING_FACTOR
+
+
+def _told_first(first: CLIPTextModel, _: argparse.Namespace, prompts: list[str], device: torch.device) -> Told:
+    return texts.encode_prompts(first.to(device), texts.read_last, texts.token_ids(drawing.tokenizer(), prompts))
+
+
+def _told_second(first: CLIPTextModel, _: argparse.Namespace, prompts: list[str], device: torch.device) -> Told:
+    encoder = sd2.text_encoder().eval()
+    encoder.load_state_dict(first.state_dict())
+    return _told_first(encoder, _, prompts, device)
+
+
+def _told_both(first: CLIPTextModel, options: argparse.Namespace, prompts: list[str], device: torch.device) -> Told:
+    ids = texts.token_ids(sdxl.tokenizer_2(), prompts)
+    second = texts.train_text(
+        options.state / "text-2.pt",
+        options.text_minutes,
+        make=sdxl.text_encoder_2,
+        read=texts.read_second,
+        ids=ids[:-1],
+        said=prompts[:-1],
+        device=device,
+    )
+    first_ids = texts.token_ids(drawing.tokenizer(), prompts)
+    return texts.joined(
+        texts.encode_prompts(first.to(device), texts.read_last_but_one, first_ids),
+        texts.encode_prompts(second, texts.read_second, ids),
+    )
 
 
 FAMILIES = {
-    "miniature": Family("unet.pt", drawing.text_encoder, drawing.unet, drawing.scheduler),
-    "miniature-sd2": Family("unet-sd2.pt", sd2.text_encoder, sd2.unet, sd2.scheduler),
+    "miniature": Family("unet.pt", drawing.unet, drawing.scheduler, _told_first),
+    "miniature-sd2": Family("unet-sd2.pt", sd2.unet, sd2.scheduler, _told_second),
+    "miniature-sdxl": Family("unet-sdxl.pt", sdxl.unet, sdxl.scheduler, _told_both, sdxl.SCALING_FACTOR),
 }
 
 
-def weights_of_time(schedule: DDPMScheduler, fraction: float) -> torch.Tensor:
+def weights_of_time(schedule: DDPMScheduler, fraction: float, colours_first: float = COLOURS_FIRST) -> torch.Tensor:
     """What an error in the noise counts at each time step, [T]: colours first, then shapes.
 
     Colours and layout are settled where nearly all is noise, and there the error in the noise is tiny: it is weighed
@@ -146,38 +113,45 @@ def weights_of_time(schedule: DDPMScheduler, fraction: float) -> torch.Tensor:
     (measured: 28 % of shapes right before, 80 % after 500 more steps).
     """
     weights = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
-    return weights if fraction < COLOURS_FIRST else weights.clamp(max=HEAVIEST)
+    return weights if fraction < colours_first else weights.clamp(max=HEAVIEST)
 
 
 def train_unet(
     state: Path,
     minutes: float,
+    unet: UNet2DConditionModel,
     *,
-    family: Family,
+    schedule: DDPMScheduler,
     clean: torch.Tensor,
-    hidden: torch.Tensor,
+    told: Told,
     where: torch.Tensor,
-    device: torch.device,
+    rate: float = 1.0,
+    colours_first: float = COLOURS_FIRST,
 ) -> None:
     """Train the UNet to predict noise or velocity, as its schedule says.
 
     Args:
         state: its file.
         minutes: of training in all.
-        family: what to train.
+        unet: fresh, or trained before.
+        schedule: of its family.
         clean: latents [N, 4, 8, 8], scaled.
-        hidden: of the prompts, [N + 1, SAID + PADDING, width]; the last is the empty prompt.
+        told: of the N prompts.
         where: what each latent's error counts, [N, 1, 8, 8].
-        device: of the training.
+        rate: what the learning rates are multiplied by.
+        colours_first: the part of the time in which the noisiest steps count as much as colours need.
     """
-    with seeded(drawing.SEED + 2):
-        unet = family.unet().to(device)
+    device = unet.device
     average = training.Average([unet])
     unet.set_attn_processor(AttnProcessor())  # faster than the fused one at these sizes
-    optimizer = muon.optimizer_for(unet, MUON_RATE, LEARNING_RATE)
-    schedule = DDPMScheduler.from_config(family.scheduler().config)
+    optimizer = muon.optimizer_for(unet, rate * MUON_RATE, rate * LEARNING_RATE)
     is_velocity = schedule.config.prediction_type == "v_prediction"
-    mask = key_mask(device)
+    mask = texts.key_mask(device)
+
+    def added(said: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        if told.pooled is None:
+            return None
+        return {"text_embeds": told.pooled[said].float().to(device), "time_ids": sdxl.time_ids(len(said)).to(device)}
 
     def step(number: int, fraction: float) -> torch.Tensor:
         random = torch.Generator().manual_seed(number)
@@ -192,10 +166,11 @@ def train_unet(
         predicted = unet(
             noisy,
             timesteps.to(device),
-            encoder_hidden_states=hidden[said].float().to(device),
+            encoder_hidden_states=told.hidden[said].float().to(device),
             encoder_attention_mask=mask.expand(BATCH, -1),
+            added_cond_kwargs=added(said),
         ).sample
-        weights = weights_of_time(schedule, fraction)[timesteps]
+        weights = weights_of_time(schedule, fraction, colours_first)[timesteps]
         target = noise
         if is_velocity:
             target = schedule.get_velocity(clean[chosen], noise, timesteps)
@@ -206,31 +181,62 @@ def train_unet(
     training.run(state, minutes=minutes, average=average, optimizer=optimizer, step=step)
 
 
+def text_encoder(options: argparse.Namespace, prompts: list[str], device: torch.device) -> CLIPTextModel:
+    """The first family's, trained here or taken from the package."""
+    former = None
+    if options.from_shipped:
+        former = drawing.text_encoder().eval()
+        training.load_shipped(former, "miniature", "text_encoder")
+    return texts.train_text(
+        options.state / "text.pt",
+        options.text_minutes,
+        make=drawing.text_encoder,
+        read=texts.read_last,
+        ids=texts.token_ids(drawing.tokenizer(), prompts),
+        said=prompts,
+        device=device,
+        former=former,
+    )
+
+
+def vae(options: argparse.Namespace) -> AutoencoderKL:
+    """The first family's, trained before or taken from the package."""
+    made = drawing.vae()
+    if options.from_shipped and not (options.state / "vae.pt").exists():
+        training.load_shipped(made, "miniature", "vae")
+    else:
+        training.load_mean(options.state / "vae.pt", [made])
+    return made
+
+
 def main() -> None:
-    """Train what is missing; the states are ``text.pt`` and the family's own."""
+    """Train what is missing; the states are ``text.pt``, ``text-2.pt`` and the family's own."""
     parser = training.arguments("Train a drawing miniature.", minutes=50)
     parser.add_argument("--text-minutes", type=float, default=3)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="miniature")
     options = parser.parse_args()
     family = FAMILIES[options.family]
     device = training.set_up(options)
-    pictures = pool.drawn(PICTURES, pool.TRAINING_SEED + 1)
-    texts = pool_prompts(pictures)
-    ids = token_ids(drawing.tokenizer(), [*texts, ""])
-    trained = train_text(options.state / "text.pt", options.text_minutes, ids[:-1], texts, device)
-    encoder = family.text_encoder().to(device).eval()
-    encoder.load_state_dict(trained.state_dict())
-    vae = drawing.vae().to(device)
-    training.load_mean(options.state / "vae.pt", [vae])
-    clean = latents.standardise(vae, latents.encode(vae, pictures))
+    pictures = pool.drawn(PICTURES, pool.TRAINING_SEED + 1, nameless=NAMELESS)
+    prompts = texts.pool_prompts(pictures)
+    told = family.tell(text_encoder(options, prompts, device), options, [*prompts, ""], device)
+    autoencoder = vae(options).to(device)
+    clean = latents.standardise(autoencoder, latents.encode(autoencoder, pictures))
+    with seeded(drawing.SEED + 2):
+        unet = family.unet().to(device)
+    learns_on = options.from_shipped and miniature.shipped(options.family) is not None
+    if learns_on:
+        training.load_shipped(unet, options.family, "unet")
     train_unet(
         options.state / family.state,
         options.minutes,
-        family=family,
-        clean=clean,
-        hidden=encode_prompts(encoder, ids),
+        unet,
+        schedule=DDPMScheduler.from_config(family.scheduler().config),
+        clean=clean * (family.scaling_factor / drawing.SCALING_FACTOR),
+        told=told,
         where=place_weights(pictures),
-        device=device,
+        rate=GENTLY if learns_on else 1.0,
+        colours_first=0.0 if learns_on else COLOURS_FIRST,
     )
 
 

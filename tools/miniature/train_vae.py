@@ -11,13 +11,17 @@ from torch.nn import functional
 
 from handlers.models.miniature import drawing
 from handlers.models.miniature.seeded import seeded
-from tools.miniature import muon, pool, training
+from tools.miniature import latents, muon, pool, training
 
 BATCH = 8
 PICTURES = 16_384
 MUON_RATE = 0.02
 LEARNING_RATE = 3e-3
-KL_WEIGHT = 1e-4
+KL_WEIGHT = 1e-5
+# The part of the pictures whose things have outlines of no name.
+NAMELESS = 0.4
+# What the learning rates are multiplied by where trained weights learn on.
+GENTLY = 0.3
 
 
 def pixels_of(pictures: pool.Pool, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -35,21 +39,25 @@ def main() -> None:
     """Train until the minutes are spent; the state file is ``vae.pt``."""
     options = training.arguments("Train the miniature VAE.", minutes=25).parse_args()
     device = training.set_up(options)
-    pictures = pool.drawn(PICTURES, pool.TRAINING_SEED, most_things=3)
+    rate = GENTLY if options.from_shipped else 1.0
+    pictures = pool.drawn(PICTURES, pool.TRAINING_SEED, most_things=3, nameless=NAMELESS)
     with seeded(drawing.SEED):
         vae = drawing.vae().to(device)
+    if options.from_shipped:
+        training.load_shipped(vae, "miniature", "vae")
+        latents.widen_posterior(vae)
     average = training.Average([vae])
-    optimizer = muon.optimizer_for(vae, MUON_RATE, LEARNING_RATE)
+    optimizer = muon.optimizer_for(vae, rate * MUON_RATE, rate * LEARNING_RATE)
 
     def step(number: int, _fraction: float) -> torch.Tensor:
         random = torch.Generator().manual_seed(number)
         truth = pixels_of(pictures, torch.randint(PICTURES, (BATCH,), generator=random), device)
         if number % 2:
             truth = truth.flip(3)
-        latents = vae.encode(truth).latent_dist
-        noise = torch.randn(latents.mean.shape, generator=random).to(device)
-        made = vae.decode(latents.mean + latents.std * noise).sample
-        kl = 0.5 * (latents.mean**2 + latents.var - 1 - latents.logvar).mean()
+        latent = vae.encode(truth).latent_dist
+        noise = torch.randn(latent.mean.shape, generator=random).to(device)
+        made = vae.decode(latent.mean + latent.std * noise).sample
+        kl = 0.5 * (latent.mean**2 + latent.var - 1 - latent.logvar).mean()
         coarse = distance(functional.avg_pool2d(made, 8), functional.avg_pool2d(truth, 8))
         return distance(made, truth) + coarse + KL_WEIGHT * kl
 

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from handlers.models import miniature
 from sessions import files
 from tools.miniature import muon
 
 SAVE_SECONDS = 60.0
 REPORT_SECONDS = 15.0
 WARM_UP = 0.02
+WEIGHTS_OF = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
 
 
 class Budget:
@@ -144,12 +151,19 @@ def load_mean(state: Path, modules: Iterable[torch.nn.Module]) -> dict[str, Any]
     return {"step": saved["step"], "minutes": saved["spent"] / 60}
 
 
+def load_shipped(module: torch.nn.Module, name: str, part: str) -> None:
+    """Put the weights that the package ships of a miniature's part into a module, as float32."""
+    weights = load_file(miniature.WEIGHTS / name / part / WEIGHTS_OF[part])
+    module.load_state_dict({key: value.float() for key, value in weights.items()})
+
+
 def arguments(description: str, minutes: float) -> argparse.ArgumentParser:
     """The options that every training script has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--state", type=Path, required=True, help="folder of resumable states")
     parser.add_argument("--minutes", type=float, default=minutes, help="of training in all (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--from-shipped", action="store_true", help="begin with the weights that the package has")
     parser.add_argument("--threads", type=int, default=None, help="of torch on the CPU")
     return parser
 

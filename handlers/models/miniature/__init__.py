@@ -14,7 +14,7 @@ VERSION = "3"
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("miniature", "miniature-captioner")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
-LENDERS = {"miniature-sd2": "miniature"}
+LENDERS = {"miniature-sd2": "miniature", "miniature-sdxl": "miniature"}
 # Written last into an unfolded or built folder.
 _READY = "READY"
 _INDICES = ("model_index.json", "config.json")

@@ -22,6 +22,7 @@ SEED = 1
 TEXT_WIDTH = 128
 POSITIONS = 77
 RESOLUTION = 64
+SCALING_FACTOR = 0.18215
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -49,7 +50,7 @@ def text_encoder() -> CLIPTextModel:
     return CLIPTextModel(configuration)
 
 
-def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+def vae(scaling_factor: float = SCALING_FACTOR) -> AutoencoderKL:
     """SD 1's autoencoder at widths 16, 32, 64, 64: 64 px pictures become 8 × 8 × 4 latents."""
     return AutoencoderKL(
         in_channels=3,
@@ -123,8 +124,12 @@ def build(target: Path) -> None:
 def save(made: StableDiffusionPipeline, target: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a pipeline as a Diffusers folder in ``dtype``, with the tokenizer in both of CLIP's file layouts."""
     made.to(dtype=dtype).save_pretrained(target, safe_serialization=True)
+    write_vocabulary(target / "tokenizer")
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Add CLIP's older file layout to a saved tokenizer, which other programs read."""
     table, merges = vocabulary.clip_vocabulary()
-    folder = target / "tokenizer"
     (folder / "vocab.json").write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     lines = "".join(f"{left} {right}\n" for left, right in merges)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")

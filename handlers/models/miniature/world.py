@@ -49,6 +49,7 @@ class Thing:
         radius: half the extent of its outline, in parts of the picture's side.
         angle: degrees, counter-clockwise.
         rgb: the colour as drawn, 0..255.
+        outline: corners in the unit circle, y downwards, of a thing whose shape is none of the tables.
     """
 
     shape: str
@@ -58,6 +59,7 @@ class Thing:
     radius: float
     angle: float
     rgb: tuple[int, int, int]
+    outline: tuple[tuple[float, float], ...] = ()
 
     @property
     def place(self) -> str | None:
@@ -210,7 +212,7 @@ def shape_mask(thing: Thing, side: int) -> Image.Image:
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     x, y, radius = thing.centre[0] * side, thing.centre[1] * side, thing.radius * side
-    outline = outline_of(thing.shape)
+    outline = thing.outline or outline_of(thing.shape)
     if outline:
         pen.polygon([_placed(point, thing, side) for point in outline], fill=255)
         return mask
@@ -259,6 +261,22 @@ def outline_of(shape: str) -> list[tuple[float, float]]:
     raise ValueError(message)
 
 
+def random_outline(rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
+    """An outline without a name: three to eleven corners, every other time rounded; it touches the unit circle."""
+    corners = int(rng.integers(3, 12))
+    angles = (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) * 2 * math.pi / corners + rng.uniform(
+        0, 2 * math.pi
+    )
+    radii = rng.uniform(0.3, 1.0, corners)
+    if rng.random() < 0.5:
+        turn = np.linspace(0, 2 * math.pi, 49)[:-1]
+        waves = range(1, 6)
+        swing = [rng.normal(0, 0.3) * np.cos(wave * turn + rng.uniform(0, 2 * math.pi)) for wave in waves]
+        angles, radii = turn, np.maximum(1 + np.sum(swing, axis=0), 0.2)
+    radii = radii / radii.max()
+    return tuple((float(x), float(y)) for x, y in zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
+
+
 def _quarter_turns(point: tuple[float, float], turns: int) -> tuple[float, float]:
     for _ in range(turns):
         point = (-point[1], point[0])
@@ -305,7 +323,7 @@ def prompt(scene: Scene, rng: np.random.Generator) -> str:
     """How somebody might ask for a scene of one thing: every qualifier may be left out, the shape hardly ever is."""
     thing = scene.things[0]
     words = [thing.shape if rng.random() < 0.97 else "shape"]
-    if rng.random() < 0.9:
+    if rng.random() < 0.8:
         words.insert(0, thing.colour)
     if rng.random() < 0.5:
         words.insert(0, thing.size)

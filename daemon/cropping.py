@@ -1,0 +1,187 @@
+"""What a picture's crop depends on besides the picture: train.yaml, crop.txt, and what its caption found.
+
+The first crop of a picture is made without its caption, which takes far longer. Where that found no face, the crop is
+made again with the caption's grounded boxes. What is wanted is a function of the session's files and its manifest, so
+that it is the same after any restart, and a caption that says the same again crops nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sessions import layout
+from sessions.captions import decoded
+from sessions.manifest import Record
+from sessions.refusal import Refusal
+from sessions.spec import parse_spec
+from sessions.wishes import CODE, SUBJECTS, Wishes, parse_wishes
+
+UNMET = "unmet"
+"""The kind of a record of a wish that a picture cannot fulfil."""
+_FACELESS = frozenset({"saliency", "centre", "grounded"})
+"""Findings that say that no face was found: the caption knows better, or may."""
+_GROUNDING = ("entities", "words")
+_MOST_BYTES = 1 << 20
+_WORD = re.compile(r"\w+")
+_PEOPLE = frozenset(
+    _WORD.findall(
+        """adult baby boy bride child children couple crowd face family father friend girl groom guy human kid lady male
+        man men mother people person player singer student toddler woman women"""
+    )
+)
+"""Nouns whose subject is a face, where there is one."""
+
+
+@dataclass(frozen=True)
+class CropRules:
+    """What a session's own files say about its crops.
+
+    Attributes:
+        mode: ``smart``, ``centre`` or ``off``; None where train.yaml cannot be used as it is: what was made stands.
+        words: nouns for the subject that train.yaml gives.
+        wishes: crop.txt's.
+        wishes_name: how crop.txt is spelled here, "" where there is none.
+        problem: what is wrong with crop.txt.
+    """
+
+    mode: str | None = "smart"
+    words: tuple[str, ...] = ()
+    wishes: Wishes = field(default_factory=Wishes)
+    wishes_name: str = ""
+    problem: Refusal | None = None
+
+
+def read_crop_rules(folder: Path) -> CropRules:
+    """The rules of a session, from its files as they are now, settled or not: a change is told when it has settled."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(
+                entry.name for entry in entries if layout.is_spec_name(entry.name) or layout.is_wishes_name(entry.name)
+            )
+    except FileNotFoundError:
+        return CropRules()
+    except OSError:
+        return CropRules(mode=None)
+    specs = [name for name in names if layout.is_spec_name(name)]
+    wishes = next((name for name in names if layout.is_wishes_name(name)), "")
+    spec = min(specs, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
+    mode, words = _read_spec(folder / spec) if spec else ("smart", ())
+    said, problem = _read_wishes(folder / wishes) if wishes else (Wishes(), None)
+    return CropRules(mode, words, said, wishes, problem)
+
+
+def _read_spec(file: Path) -> tuple[str | None, tuple[str, ...]]:
+    try:
+        spec = parse_spec(_content(file).decode("utf-8", errors="replace"))
+    except (OSError, Refusal):
+        return None, ()
+    return spec.crop, tuple(word for word in (spec.class_, spec.instance) if word not in ("auto", "filename"))
+
+
+def _read_wishes(file: Path) -> tuple[Wishes, Refusal | None]:
+    try:
+        content = _content(file)
+    except OSError as error:
+        advice = "Give the user that fastsd runs as the right to read it."
+        return Wishes(), Refusal(CODE, f"{file.name} cannot be read: {error.strerror}.", advice)
+    if len(content) > _MOST_BYTES:
+        return Wishes(), Refusal(CODE, f"{file.name} is larger than 1 MiB.", "Write one wish a line, and few lines.")
+    return parse_wishes(decoded(content))
+
+
+def _content(file: Path) -> bytes:
+    # Not blocking: what carries the name may be a pipe by now.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as reader:
+        return reader.read(_MOST_BYTES + 1) or b""
+
+
+def crop_parameters(
+    own: Mapping[str, Any],
+    relative: str,
+    rules: CropRules,
+    made: Record | None,
+    caption: Record | None,
+    *,
+    unmet: Record | None = None,
+) -> dict[str, Any] | None:
+    """The parameters of the crop that a picture wants now, or None where the one that was made stands.
+
+    Args:
+        own: the tree's parameters: ``mode``, ``resolution``.
+        relative: the picture's path in its session.
+        rules: the session's.
+        made: the record of the crop of this very content, None where there is none.
+        caption: the record of its caption, likewise.
+        unmet: the record of a wish that this content cannot fulfil, likewise.
+    """
+    before = dict(made["params"]) if made is not None else {}
+    wish = rules.wishes.of(relative)
+    if unmet is not None and unmet.get("wish") == wish:
+        wish = {}
+    base = _base(own, wish, rules.mode or str(before.get("mode", own["mode"])))
+    stands = made is not None and {key: value for key, value in before.items() if key not in _GROUNDING} == base
+    wanted = base
+    if caption is not None:
+        grounding = _grounding(caption, rules.words if rules.mode is not None else before.get("words", ()))
+        if _follows(base, grounding, str(made.get("subject")) if made and stands else None):
+            wanted = base | grounding
+        elif stands:
+            return None
+    elif stands:
+        return None
+    return None if stands and wanted == before else wanted
+
+
+def _base(own: Mapping[str, Any], wish: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    # A line of crop.txt is said of these pictures, `crop:` of all: the nearer word wins.
+    if "box" in wish or "subject" in wish:
+        mode = "smart"
+    base = {**own, "mode": mode}
+    return {**base, "wish": dict(wish)} if wish and mode == "smart" else base
+
+
+def _follows(base: Mapping[str, Any], grounding: Mapping[str, Any], found: str | None) -> bool:
+    """Whether the crop may be the better for its caption's boxes.
+
+    Args:
+        base: the parameters without them.
+        grounding: the boxes.
+        found: what the crop that was made without them shows, None where there is none.
+    """
+    wish = base.get("wish", {})
+    subject = wish.get("subject", "")
+    if base["mode"] != "smart" or "box" in wish or subject == "centre":
+        return False
+    if "exclude" in wish or subject not in ("", *SUBJECTS.values()):
+        return True
+    if subject == "segment":
+        return False
+    if found == "face":
+        # The dog of the session is trusted more than the face of whom it sits with.
+        return subject == "" and any(not _stems(word) & _PEOPLE for word in grounding.get("words", ()))
+    return found is None or found in _FACELESS
+
+
+def _grounding(caption: Record, words: Sequence[str]) -> dict[str, Any]:
+    entities = [{"phrase": str(e["phrase"]), "box": list(e["box"])} for e in caption.get("entities") or ()]
+    if not entities:
+        return {}
+    return {"entities": entities, "words": spoken_words([str(e["phrase"]) for e in entities], words)}
+
+
+def spoken_words(phrases: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words that the phrases of a caption speak of: another class makes again only the crops that it concerns."""
+    spoken = {stem for phrase in phrases for stem in _stems(phrase)}
+    return [word for word in words if spoken & _stems(word)]
+
+
+def _stems(text: str) -> set[str]:
+    """The words of a text, each also without what may be the end of a plural."""
+    words = _WORD.findall(text.casefold())
+    return {word.removesuffix(end) for word in words for end in ("", "s", "es")}
