@@ -158,7 +158,7 @@ class Captioner:
             images = torch.stack([seen[asks[index].picture] for index in batch])
             texts = self.generate(images, [asks[index] for index in batch], halted)
             each = (time.perf_counter() - start) / len(batch)
-            return [Spoken(*text, each, image) for text, image in zip(texts, images, strict=True)]
+            return [Spoken(raw, answer, each, image) for (raw, answer), image in zip(texts, images, strict=True)]
 
         for indices in self._alike(asks):
             for index, said in in_batches(indices, work, self.pace, self._fitting, self._recover):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from handlers.caption.clean import Entity, clean
 from handlers.train.prompts import head_noun
@@ -73,7 +73,7 @@ class Rules:
             never=tuple(value.get("blacklist") or ()),
             instance=one_line(value.get("instance") or ""),
             noun=one_line(value.get("class") or ""),
-            concept=concept,
+            concept=cast("Concept", concept),
         )
 
     @property
@@ -130,7 +130,7 @@ def without(line: Line, drop: Sequence[str]) -> Line | None:
     return Line(cleaned, _found_again(line.entities, cleaned), (*line.edits, f"left out: {', '.join(gone)}"))
 
 
-def named(line: Line, subject: str, noun: str, concept: Concept) -> Line:
+def named(line: Line, subject: str, noun: str, concept: str) -> Line:
     """The line with the token in it, once.
 
     A line that says it already stays. For a style it is put at the end. Else it takes the place of the subject: of the
@@ -167,7 +167,7 @@ def named(line: Line, subject: str, noun: str, concept: Concept) -> Line:
     return Line(text, tuple(moved), (*line.edits, edit))
 
 
-def placed(caption: str, entities: Sequence[Mapping[str, Any]], subject: str, noun: str, concept: Concept) -> str:
+def placed(caption: str, entities: Sequence[Mapping[str, Any]], subject: str, noun: str, concept: str) -> str:
     """A generated caption as it trains: the token in the subject's place, where its phrases are known.
 
     Args:
@@ -188,14 +188,14 @@ def placed(caption: str, entities: Sequence[Mapping[str, Any]], subject: str, no
     return named(Line(caption, tuple(known)), subject, noun, concept).text
 
 
-def _subject(entities: Sequence[Entity], noun: str, concept: Concept) -> Entity | None:
+def _subject(entities: Sequence[Entity], noun: str, concept: str) -> Entity | None:
     there = [entity for entity in entities if entity.span is not None]
     if noun or concept == "face":
         there = [entity for entity in there if _is_a(entity.phrase, noun, concept)]
     return max(there, key=lambda entity: _area(entity.box), default=None)
 
 
-def _is_a(phrase: str, noun: str, concept: Concept) -> bool:
+def _is_a(phrase: str, noun: str, concept: str) -> bool:
     head = head_noun(phrase)
     wanted = noun.casefold()
     persons = wanted in _PERSONS or (concept == "face" and not wanted)

@@ -42,11 +42,11 @@ def spoken(line: Line) -> list[str | None]:
 )
 def test_the_token_takes_the_subjects_place_once(noun: str, concept: str, text: str, phrases: list[str]) -> None:
     subject = f"zwx {noun}".strip()
-    line = named(LINE, subject, noun, concept)  # type: ignore[arg-type]
+    line = named(LINE, subject, noun, concept)
     assert line.text == text
     assert spoken(line) == phrases
     assert line.text.count("zwx") == 1
-    assert named(line, subject, noun, concept).text == text, "once"  # type: ignore[arg-type]
+    assert named(line, subject, noun, concept).text == text, "once"
 
 
 def test_a_person_has_many_names() -> None:
