@@ -110,7 +110,7 @@ class Daemon:
             {"caption": self._captions.reason, "publish": self.webui.publish_gate},
             everything=self._tree_gate,
         )
-        rules = PictureRules(captioner=settings.captioner)
+        rules = PictureRules(captioner=settings.captioner, caption=settings.caption.parameters())
         self.planner = Planner(
             root,
             self.index,

@@ -130,10 +130,16 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--ground", choices=("white", "grey", "black"), default="white", help="what transparent pictures lie on"
     )
     caption = _command(commands, "caption", "oneoffs:caption", "caption pictures")
-    caption.add_argument("--captioner", default="kosmos-2", metavar="NAME", help="kosmos-2, miniature or a name")
+    _add_caption(caption)
     for parser in (crop, caption):
         parser.add_argument("sources", type=Path, nargs="+", metavar="SRC", help="pictures, or folders of pictures")
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    attention = _command(commands, "attention", "attention:attention", "draw where the captioner looked at each word")
+    attention.add_argument("image", type=Path, metavar="IMAGE")
+    attention.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet of heat maps")
+    attention.add_argument("--npz", type=Path, metavar="F", help="the raw arrays, too")
+    attention.add_argument("--captioner", default="kosmos-2", metavar="NAME", help="kosmos-2, miniature or a name")
+    attention.add_argument("--prompt", metavar="TEXT", help="own words instead of a brief caption")
     train = _command(commands, "train", "train:train", "crop, caption, train and convert one folder")
     train.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with pictures and perhaps a train.yaml")
     train.add_argument("--base", metavar="NAME", help="the base, where train.yaml names none")
@@ -153,11 +159,37 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     inspect.add_argument("--hash", action="store_true", help="compute SHA-256 and AutoV2 too")
 
 
+def _add_caption(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--captioner", default="kosmos-2", metavar="NAME", help="kosmos-2, miniature or a name")
+    add("--mode", choices=("brief", "detailed"), default="brief", help="a sentence or a paragraph (default: brief)")
+    add("--prompt", metavar="TEXT", help='own words in the mode\'s place, like "A photo of"')
+    add("--ask", action="append", default=[], metavar="QUESTION", help="ask something about each picture")
+    add("--ground", action="append", default=[], metavar="PHRASE", help='where it is: "the dog"; may be repeated')
+    add("--refer", action="append", default=[], metavar="X0,Y0,X1,Y1", help="what is in this box, in parts of 1")
+    add("--prefix", metavar="TEXT", help="words before each line")
+    add("--suffix", metavar="TEXT", help="words behind it")
+    add("--drop", action="append", default=[], metavar="WORDS", help="leave them out of the line")
+    add("--blacklist", action="append", default=[], metavar="WORD", help="the model must not say it")
+    add("--instance", metavar="TOKEN", help="name the subject by this token, once")
+    add("--class", dest="class_", metavar="NOUN", help="what the subject is")
+    add("--concept", choices=("object", "face", "style"), default="object", help="what the token stands for")
+    precisions = ("auto", "fp32", "bf16", "fp16", "int8", "4bit")
+    add("--precision", choices=precisions, default="auto", help="how the model computes (default: by the machine)")
+    add("--features", type=Path, metavar="F", help="write what the model sees to this safetensors file, too")
+    add("--check", action="store_true", help="score how well each line fits its picture")
+
+
 def _add_models(commands: argparse._SubParsersAction[_Parser]) -> None:
     models = commands.add_parser("models", help="models: list what there is, get what is missing")
     actions = models.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
     listing = _command(actions, "list", "models:listing", "bases, captioners and what lies under Models/")
     _root(listing)
+    export = _command(actions, "export", "models:export", "write a captioner as ONNX, for onnxruntime")
+    export.add_argument("name", metavar="NAME", help="kosmos-2 or another captioner of `models list`")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--int8", action="store_true", help="int8 weights: a quarter of the size")
+    export.add_argument("--compare", type=Path, nargs="*", default=[], metavar="SRC", help="pictures to compare on")
     get = _command(actions, "get", "models:get", "download a model by name or address")
     get.add_argument("name", metavar="NAME", help="a name of `models list`, or an https address of a model file")
     get.add_argument("--root", type=Path, metavar="ROOT", help="put a file from an address under ROOT/Models")

@@ -66,6 +66,26 @@ class WatchKeys(_Settings):
     ignore: list[str] = Field(default_factory=list)
 
 
+class CaptionKeys(_Settings):
+    """``caption``: what the captioner is asked, and what becomes of its lines."""
+
+    mode: Literal["brief", "detailed"] = "brief"
+    prompt: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    drop: list[str] = Field(default_factory=list)
+    blacklist: list[str] = Field(default_factory=list)
+    instance: str | None = None
+    class_: str | None = Field(default=None, alias="class")
+    concept: Literal["object", "face", "style"] = "object"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "4bit"] = "auto"
+    check: Literal["auto"] | bool = "auto"
+
+    def parameters(self) -> dict[str, Any]:
+        """What the text of a caption depends on, as far as it is no default: other parameters, other captions."""
+        return self.model_dump(by_alias=True, exclude_defaults=True, exclude={"precision", "check"})
+
+
 class WebUIKeys(_Settings):
     """``webui``: where finished models go."""
 
@@ -90,6 +110,7 @@ class Settings(_Settings):
 
     captioner: str = "kosmos-2"
     base: str = "auto"
+    caption: CaptionKeys = CaptionKeys()
     watch: WatchKeys = WatchKeys()
     webui: WebUIKeys = WebUIKeys()
     limits: LimitKeys = LimitKeys()

@@ -31,6 +31,8 @@ _GATE_SECONDS = 1.0
 _LONGEST_SLEEP = 60.0
 _TROUBLE_SECONDS = 5.0
 _KILL_SECONDS = 10.0
+# A batch that gathers is handed out early when none has joined it for this part of its time.
+_QUIET_PART = 4
 _logger = logging.getLogger(__name__)
 
 
@@ -212,7 +214,7 @@ class Dispatcher:
                 continue
             kinds = [kind.name for kind in self._kinds.values() if kind.lane == lane and kind.name not in held]
             open_kinds = [kind for kind in kinds if self._hooks.may_start(kind)]
-            self._fill(lane, [slot for slot in slots if slot not in self._tasks], open_kinds, now)
+            sleeps.append(self._fill(lane, [slot for slot in slots if slot not in self._tasks], open_kinds, now))
             if (gated := set(kinds).difference(open_kinds)) and self._queue.due(lane, gated, now, 1):
                 sleeps.append(_GATE_SECONDS)
             if (next_run_at := self._queue.next_run_at(open_kinds, after=now)) is not None:
@@ -220,10 +222,14 @@ class Dispatcher:
         sleeps += self._idle_sleeps()
         return max(min(sleeps), 0.005)
 
-    def _fill(self, lane: str, free: list[Slot], kinds: Sequence[str], now: float) -> None:
+    def _fill(self, lane: str, free: list[Slot], kinds: Sequence[str], now: float) -> float:
+        """Give due jobs of a lane to its free slots. Returns the seconds until those that gather have gathered."""
         most = max((self._kinds[kind].batch for kind in kinds), default=1) * len(self._lanes[lane])
         while free and (due := self._queue.due(lane, kinds, now, most)):
             kind, count = self._kinds[due[0]], due[1]
+            # Nothing of less priority goes first: a training that began now would hold them up for an hour.
+            if (gathers := self._gathers(kind, lane, count, now)) > 0:
+                return gathers
             # Shared out, rather than one worker with all and the others idle.
             limit = 1 if self._holds.is_probe(kind.name) else min(kind.batch, math.ceil(count / len(free)))
             jobs = self._queue.claim(lane, [kind.name], limit, now, LEASE_SECONDS)
@@ -236,6 +242,14 @@ class Dispatcher:
             task = asyncio.create_task(self._work(slot, kind, jobs))
             self._tasks[slot] = task
             task.add_done_callback(partial(self._over, slot))
+        return _LONGEST_SLEEP
+
+    def _gathers(self, kind: Kind, lane: str, count: int, now: float) -> float:
+        """Seconds that the due jobs of a kind still wait for company: to fill a batch, and while others keep coming."""
+        if not kind.gather or count >= kind.batch:
+            return 0.0
+        first, last = self._queue.due_since(lane, kind.name, now)
+        return min(first + kind.gather, last + kind.gather / _QUIET_PART) - now
 
     def _over(self, slot: Slot, task: asyncio.Task[None]) -> None:
         del self._tasks[slot]

@@ -152,6 +152,8 @@ class Preparer:
             "preview": os.fspath(session.folder / layout.PREVIEWS / f"{stem}.jpg"),
             "written": record.get("text_sha256"),
             **stored["params"],
+            "precision": self.settings.caption.precision,
+            "check": self.settings.caption.check,
             "models": self.models,
             "pixel_limit": self.settings.limits.picture_pixels,
         }
@@ -274,6 +276,8 @@ def training_pictures(session: Session, index: Index) -> list[dict[str, Any]]:
                 "noun": next((noun_of(entity["phrase"]) for entity in caption.get("entities", ())), None),
                 "caption": chosen.line if chosen else None,
                 "caption_by": None if chosen is None else "fastsd" if chosen.origin == "generated" else "person",
+                # Where the phrases of our own line stand in it, so that training can put its token there.
+                "entities": caption.get("entities", []) if chosen and chosen.origin == "generated" else [],
             },
         )
     return pictures

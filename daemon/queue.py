@@ -122,6 +122,12 @@ class Queue(JobReader):
         count = self._rows(f"SELECT count(*) FROM (SELECT 1 FROM job WHERE {_DUE} LIMIT :limit)", values)
         return first[0]["kind"], count[0][0]
 
+    def due_since(self, lane: str, kind: str, now: float) -> tuple[float, float]:
+        """When the first and the last of a kind's due jobs became due; ``now`` where there are none."""
+        values = {"lane": lane, "kinds": to_row([kind]), "now": now}
+        ((first, last),) = self._rows(f"SELECT min(run_at), max(run_at) FROM job WHERE {_DUE}", values)
+        return (now, now) if first is None else (first, last)
+
     def claim(self, lane: str, kinds: Collection[str], limit: int, now: float, lease: float = 60.0) -> list[Job]:
         """Take up to ``limit`` due jobs of one kind, first in (priority, time, number) first.
 

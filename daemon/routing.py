@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,17 +35,19 @@ class PictureRules:
         crop_mode: ``smart``, ``centre`` or ``off``, where the session's own files say nothing.
         crop_resolution: side of the crop, in pixels.
         captioner: the captioner's name.
+        caption: what else shapes captions, as far as it is no default.
     """
 
     crop_mode: str = "smart"
     crop_resolution: int = 512
     captioner: str = "kosmos-2"
+    caption: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self, kind: str) -> dict[str, Any]:
         """What the outputs of a kind depend on besides the picture."""
         if kind == "crop":
             return {"mode": self.crop_mode, "resolution": self.crop_resolution}
-        return {"captioner": self.captioner}
+        return {"captioner": self.captioner, **self.caption}
 
 
 def same_content(record: Mapping[str, Any], fact: Fact) -> bool:

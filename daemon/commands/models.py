@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from daemon.cli import DONE, FAILED
 from daemon.commands.roots import WrongUse, complain, print_json, state_for
@@ -52,6 +54,35 @@ def get(arguments: argparse.Namespace) -> int:
     else:
         print(f"{name} is in {path}")
     return DONE
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """``fastsd models export NAME --out DIR``: a captioner as ONNX, and how far it agrees with torch."""
+    from daemon.commands.oneoffs import missing_captioner, pictures_in, run_one_off
+
+    missing = missing_captioner(arguments.name)
+    if missing:
+        return complain(missing, FAILED)
+    out = arguments.out.absolute()
+    payload = {
+        "source": os.fspath(out),
+        "output": os.fspath(out),
+        "captioner": arguments.name,
+        "int8": bool(arguments.int8),
+        "pictures": [os.fspath(picture.resolve()) for picture in pictures_in(arguments.compare)],
+    }
+
+    def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {"name": asked["captioner"], "path": asked["output"], "agreement": facts.get("agreement")}
+
+    def line(found: dict[str, Any]) -> str:
+        report = found["agreement"] or {}
+        compared = (
+            f"  ({report['same']} of {report['pictures']} captions as in torch)" if report.get("pictures") else ""
+        )
+        return f"{found['name']} is in {found['path']}{compared}"
+
+    return run_one_off("export", [payload], out.parent, arguments, row=row, line=line)
 
 
 def _models_folder(root: Path | None) -> Path | None:

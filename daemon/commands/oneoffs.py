@@ -80,20 +80,25 @@ def crop(arguments: argparse.Namespace) -> int:
     def line(found: Row) -> str:
         return f"{found['output']}  ({found['subject']})"
 
-    return _run("crop", payloads, out, arguments, row=row, line=line, workers=os.cpu_count() or 1)
+    return run_one_off("crop", payloads, out, arguments, row=row, line=line, workers=os.cpu_count() or 1)
 
 
 def caption(arguments: argparse.Namespace) -> int:
     """``fastsd caption SRC… --out DIR``."""
     out: Path = arguments.out.absolute()
-    from daemon.gates import CaptionGate
-
-    gate = CaptionGate(arguments.captioner, lambda: None, cache_home(os.environ), lambda: 0.0)
-    missing = gate.reason()
+    missing = missing_captioner(arguments.captioner)
     if missing:
         return complain(missing, FAILED)
+    try:
+        questions = _questions(arguments)
+    except ValueError as error:
+        return complain(str(error), USAGE)
     payloads = [
         {
+            **{key: getattr(arguments, key) for key in _CAPTION_KEYS},
+            "class": arguments.class_,
+            "check": bool(arguments.check),
+            "questions": questions,
             "source": os.fspath(picture.absolute()),
             "text": os.fspath(out / f"{stem}.txt"),
             "sidecar": os.fspath(out / f"{stem}.json"),
@@ -108,12 +113,72 @@ def caption(arguments: argparse.Namespace) -> int:
     def row(payload: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
         entities = [{"phrase": entity["phrase"], "box": entity["box"]} for entity in facts.get("entities", [])]
         told = {"caption": facts.get("caption"), "entities": entities, "seconds": facts.get("seconds")}
-        return {"source": payload["source"], **told}
+        more = {key: facts[key] for key in ("answers", "match") if facts.get(key)}
+        return {"source": payload["source"], **told, **more}
 
     def line(found: Row) -> str:
-        return f"{found['source']}: {found['caption']}"
+        fit = found.get("match")
+        doubt = "" if fit is None else f"  (fit {fit['score']:+.2f}{'' if fit['fits'] else ': does it show that?'})"
+        return "\n".join((f"{found['source']}: {found['caption']}{doubt}", *map(_answer, found.get("answers", ()))))
 
-    return _run("caption", payloads, out, arguments, row=row, line=line)
+    code = run_one_off("caption", payloads, out, arguments, row=row, line=line)
+    if code == USAGE or not arguments.features:
+        return code
+    return max(code, _features(arguments, [str(payload["source"]) for payload in payloads]))
+
+
+def _features(arguments: argparse.Namespace, sources: Sequence[str]) -> int:
+    """``--features FILE``: what the model saw in all pictures, in one file."""
+    output: Path = arguments.features.absolute()
+    payload = {
+        "source": os.fspath(output),
+        "sources": sources,
+        "output": os.fspath(output),
+        "captioner": arguments.captioner,
+        "precision": arguments.precision,
+    }
+
+    def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
+        return {"features": asked["output"], "shapes": facts.get("shapes"), "left_out": facts.get("left_out")}
+
+    def line(found: Row) -> str:
+        return f"{found['features']}  {found['shapes']}"
+
+    return run_one_off("features", [payload], output.parent, arguments, row=row, line=line)
+
+
+def missing_captioner(name: str) -> str | None:
+    """Why a captioner cannot be used on this machine, with what helps; None where it can."""
+    from daemon.gates import CaptionGate
+
+    return CaptionGate(name, lambda: None, cache_home(os.environ), lambda: 0.0).reason()
+
+
+_CAPTION_KEYS = (*("mode", "prompt", "prefix", "suffix", "drop", "blacklist", "instance", "concept", "precision"),)
+
+
+def _questions(arguments: argparse.Namespace) -> list[Row]:
+    """What is asked besides the caption. Raises ``ValueError`` where a box is none."""
+    questions: list[Row] = [{"kind": "ask", "text": text} for text in arguments.ask]
+    questions += [{"kind": "ground", "text": text} for text in arguments.ground]
+    for text in arguments.refer:
+        try:
+            box = [float(side) for side in text.split(",")]
+        except ValueError:
+            box = []
+        if len(box) != 4:
+            message = f"--refer {text}: write left, top, right, bottom in parts of the picture, like 0.1,0.2,0.5,0.9"
+            raise ValueError(message)
+        questions.append({"kind": "refer", "box": box})
+    return questions
+
+
+def _answer(answer: Row) -> str:
+    if answer["kind"] == "ground":
+        boxes = [", ".join(f"{side:.2f}" for side in entity["box"]) for entity in answer["entities"]]
+        return f"  where is {answer['text']}? {'; '.join(boxes) or 'not found'}"
+    asked = answer["text"] or "in " + ", ".join(f"{side:.2f}" for side in answer["box"])
+    return f"  {asked}: {answer['answer'] or '(no answer)'}"
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -139,7 +204,7 @@ def convert(arguments: argparse.Namespace) -> int:
     def line(found: Row) -> str:
         return f"{found['output']}  ({found['family']}, {found['bytes']:,} bytes, verified: {found['verified']})"
 
-    return _run("convert", [payload], destination.parent, arguments, row=row, line=line)
+    return run_one_off("convert", [payload], destination.parent, arguments, row=row, line=line)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -170,7 +235,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     return FAILED if problems else DONE
 
 
-def _run(
+def run_one_off(
     kind: str,
     payloads: Sequence[Mapping[str, Any]],
     out: Path,
@@ -185,7 +250,7 @@ def _run(
     from daemon.oneoff import run_payloads
     from daemon.slots import WorkerSettings
     from daemon.terminal import display_for_terminal
-    from handlers.kinds import KINDS
+    from handlers.kinds import KINDS, ONE_OFF_KINDS
 
     if not payloads:
         return complain("no pictures were found there", USAGE)
@@ -194,17 +259,18 @@ def _run(
     except OSError as error:
         return complain(f"{out} cannot be made: {error.strerror}", FAILED)
     display = display_for_terminal()
+    chosen = KINDS.get(kind) or ONE_OFF_KINDS[kind]
     failed = False
     with tempfile.TemporaryDirectory(prefix="fastsd-") as logs:
         settings = WorkerSettings(cache_home(os.environ), Path(logs), worker_environment(os.environ))
         subjects = [Path(str(payload["source"])).name for payload in payloads]
         try:
             for index, outcome in run_payloads(
-                KINDS[kind],
+                chosen,
                 payloads,
                 settings,
                 workers=workers,
-                devices=gpu_devices(os.environ) if KINDS[kind].lane == "gpu" else (),
+                devices=gpu_devices(os.environ) if chosen.lane == "gpu" else (),
                 on_progress=lambda number, report: display.show(number, kind, subjects[number], report),
             ):
                 display.end(index)

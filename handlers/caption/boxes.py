@@ -85,6 +85,14 @@ def parse(raw: str) -> Utterance:
     return Utterance("".join(text), tuple(grounded), dropped)
 
 
+def without_tags(text: str) -> str:
+    """Somebody's words without anything that the model would take for a tag."""
+    before = ""
+    while before != text:  # taking one out may join two halves to another
+        before, text = text, _TOKEN.sub(" ", text)
+    return text
+
+
 def _tokens(raw: str) -> Iterator[tuple[str, str]]:
     """("text" | "cell" | "delimiter" | "tag", value), ended by an empty tag that closes what is open."""
     place = 0

@@ -6,14 +6,19 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from handlers.caption.answers import answered
 from handlers.caption.boxes import parse
-from handlers.caption.clean import NEUTRAL, clean, place
+from handlers.caption.clean import NEUTRAL, Entity, clean, place
 from handlers.caption.draw import LONG_SIDE, preview
-from handlers.caption.model import BRIEF, Captioner, Interrupted, Spoken
+from handlers.caption.match import Matcher
+from handlers.caption.model import Ask, Captioner, Interrupted, Spoken
+from handlers.caption.prompts import QUESTION_TOKENS, Question, caption_prompt, is_instruction
+from handlers.caption.rules import Line, Rules, applied
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.crop.decode import PIXEL_LIMIT, Decoded, OpenPicture, SourceFile, read_source
 from handlers.crop.render import write_picture
@@ -35,6 +40,12 @@ class CaptionRequest:
         captioner: the model's name.
         models: the tree's Models folder, None where there is none.
         pixel_limit: refuse pictures with more pixels.
+        precision: how the model computes; ``auto`` picks.
+        mode: ``brief`` or ``detailed``.
+        prompt: a person's own, in the mode's place.
+        questions: what else is asked about the picture.
+        check: whether to score how well the line fits; None where that is cheap.
+        rules: what becomes of the line.
     """
 
     source: Path
@@ -45,10 +56,16 @@ class CaptionRequest:
     captioner: str
     models: Path | None
     pixel_limit: int
+    precision: str
+    mode: str
+    prompt: str | None
+    questions: tuple[Question, ...]
+    check: bool | None
+    rules: Rules
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> CaptionRequest:
-        """Read a payload."""
+        """Read a payload. Raises ``KeyError``, ``ValueError`` or ``TypeError`` where it is none."""
         text, models = payload["text"], payload.get("models")
         return cls(
             source=Path(payload["source"]),
@@ -59,16 +76,41 @@ class CaptionRequest:
             captioner=payload["captioner"],
             models=Path(models) if models else None,
             pixel_limit=int(payload.get("pixel_limit") or PIXEL_LIMIT),
+            precision=payload.get("precision") or "auto",
+            mode=payload.get("mode") or "brief",
+            prompt=payload.get("prompt"),
+            questions=tuple(Question.of(value) for value in payload.get("questions") or ()),
+            check=None if (check := payload.get("check")) in (None, "auto") else bool(check),
+            rules=Rules.of(payload),
         )
+
+    def asks(self, picture: int) -> list[Ask]:
+        """The caption first, then the questions, all about one picture.
+
+        Raises:
+            Refusal: something cannot be asked.
+        """
+        prompt, most = caption_prompt(self.mode, self.prompt)
+        questions = [Ask(picture, question.prompt(), QUESTION_TOKENS) for question in self.questions]
+        return [Ask(picture, prompt, most, self.rules.never), *questions]
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A job whose picture is decoded."""
+class _Job:
+    """A job and its place in the hand-out."""
 
     index: int
     context: JobContext
     request: CaptionRequest
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job whose picture is decoded; ``number`` is its place among those."""
+
+    job: _Job
+    number: int
+    asks: Sequence[Ask]
     source: SourceFile
     decoded: Decoded
 
@@ -77,8 +119,8 @@ class CaptionHandler:
     """Captions pictures; keeps the model that it used last."""
 
     def __init__(self) -> None:
-        self._path: Path | None = None
-        self._captioner: Captioner | None = None
+        self._kept: tuple[Path, str] | None = None
+        self._matcher: Matcher | None = None
 
     def run(self, context: JobContext) -> JobResult:
         """Caption one picture.
@@ -95,93 +137,138 @@ class CaptionHandler:
     def run_batch(self, contexts: Sequence[JobContext]) -> Sequence[JobResult | BaseException]:
         """Caption several pictures at once; a bad one costs only itself."""
         outcomes: dict[int, JobResult | BaseException] = {}
-        groups: defaultdict[tuple[str, Path | None], list[tuple[int, JobContext, CaptionRequest]]] = defaultdict(list)
+        groups: defaultdict[tuple[str, Path | None, str], list[_Job]] = defaultdict(list)
         for index, context in enumerate(contexts):
             try:
                 request = CaptionRequest.of(context.payload)
             except (KeyError, ValueError, TypeError) as error:
                 outcomes[index] = error
             else:
-                groups[request.captioner, request.models].append((index, context, request))
+                groups[request.captioner, request.models, request.precision].append(_Job(index, context, request))
         for group in groups.values():
             outcomes.update(self._run_group(group))
         return [outcomes[index] for index in range(len(contexts))]
 
-    def _run_group(
-        self, group: Sequence[tuple[int, JobContext, CaptionRequest]]
-    ) -> dict[int, JobResult | BaseException]:
-        """The jobs that name one captioner."""
+    def _run_group(self, group: Sequence[_Job]) -> dict[int, JobResult | BaseException]:
+        """The jobs that name one captioner and one precision."""
         outcomes: dict[int, JobResult | BaseException] = {}
-        _, first, request = group[0]
+        first = group[0]
         try:
-            model = registry.find(request.captioner, "captioner", request.models, first.cache)
-            captioner = self._loaded(model.path, first.device)
+            model = registry.find(first.request.captioner, "captioner", first.request.models, first.context.cache)
+            matcher = self._loaded(model.path, first.context.device, first.request.precision)
         except Exception as error:  # whatever it is, it is every job's
-            return {index: error for index, _, _ in group}
+            return {job.index: error for job in group}
         prepared: list[_Prepared] = []
-        for index, context, request in group:
+        for job in group:
             try:
-                context.check_cancelled()
-                prepared.append(_prepare(index, context, request))
-                context.report(0, 1, "captioning", {})
+                job.context.check_cancelled()
+                prepared.append(_prepare(job, len(prepared)))
+                job.context.report(0, 1, "captioning", {})
             except Exception as error:
-                outcomes[index] = error
-        if not prepared:
-            return outcomes
-        try:
-            spoken = captioner.speak(
-                [item.decoded.image for item in prepared],
-                [BRIEF] * len(prepared),
-                halted=lambda: any(item.context.is_stopping() for item in prepared),
-            )
-        except Interrupted:
-            return outcomes | {item.index: Stopping() for item in prepared}
-        except Exception as error:
-            return outcomes | {item.index: error for item in prepared}
-        for item, said in zip(prepared, spoken, strict=True):
-            try:
-                item.context.check_cancelled()
-                outcomes[item.index] = _finish(item, said, model)
-            except Exception as error:
-                outcomes[item.index] = error
+                outcomes[job.index] = error
+        return outcomes | _told(matcher, prepared, model)
+
+    def _loaded(self, path: Path, device: str, precision: str) -> Matcher:
+        if self._matcher is None or self._kept != (path, precision):
+            self._matcher = None  # the old one goes before the new one comes
+            self._matcher = Matcher(Captioner.load(path, device, precision))
+            self._kept = (path, precision)
+        return self._matcher
+
+
+def _told(
+    matcher: Matcher, prepared: Sequence[_Prepared], model: registry.Model
+) -> dict[int, JobResult | BaseException]:
+    """Ask all there is to ask, and write each picture's files as soon as its last answer is there."""
+    outcomes: dict[int, JobResult | BaseException] = {}
+    asks = [ask for item in prepared for ask in item.asks]
+    said: defaultdict[int, dict[int, Spoken]] = defaultdict(dict)
+    begins = list(accumulate((len(item.asks) for item in prepared), initial=0))
+    try:
+        for place_, answer in matcher.captioner.speak(
+            [item.decoded.image for item in prepared],
+            asks,
+            halted=lambda: any(item.job.context.is_stopping() for item in prepared),
+        ):
+            item = prepared[asks[place_].picture]
+            if isinstance(answer, BaseException):
+                outcomes.setdefault(item.job.index, answer)
+                continue
+            answers = said[item.number]
+            answers[place_ - begins[item.number]] = answer
+            if len(answers) == len(item.asks) and item.job.index not in outcomes:
+                outcomes[item.job.index] = _finished(item, [answers[n] for n in range(len(item.asks))], matcher, model)
+    except Interrupted:
+        ending: BaseException = Stopping()
+    except Exception as error:
+        ending = error
+    else:
         return outcomes
-
-    def _loaded(self, path: Path, device: str) -> Captioner:
-        if self._captioner is None or self._path != path:
-            self._captioner = None  # the old one goes before the new one comes
-            self._captioner = Captioner.load(path, device)
-            self._path = path
-        return self._captioner
+    return {item.job.index: ending for item in prepared} | outcomes
 
 
-def _prepare(index: int, context: JobContext, request: CaptionRequest) -> _Prepared:
-    source = read_source(request.source)
-    opened = OpenPicture(source, request.pixel_limit)
-    return _Prepared(index, context, request, source, opened.decode(LONG_SIDE / opened.longer_side))
+def _finished(
+    item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model
+) -> JobResult | BaseException:
+    try:
+        item.job.context.check_cancelled()
+        return _finish(item, said, matcher, model)
+    except Exception as error:
+        return error
 
 
-def _finish(item: _Prepared, said: Spoken, model: registry.Model) -> JobResult:
-    """Write what was said: the sidecar first, because it tells our text from a person's if we die in between."""
-    request = item.request
-    utterance = parse(said.raw)
-    usable = clean(utterance.text)
-    caption = usable or NEUTRAL
-    entities = place(utterance.grounded, caption)
-    notes = list(item.decoded.warnings)
-    if usable is None:
+def _prepare(job: _Job, number: int) -> _Prepared:
+    asks = job.request.asks(number)
+    source = read_source(job.request.source)
+    opened = OpenPicture(source, job.request.pixel_limit)
+    return _Prepared(job, number, asks, source, opened.decode(LONG_SIDE / opened.longer_side))
+
+
+def _line(request: CaptionRequest, said: Spoken, prompt: str) -> tuple[Line, list[str]]:
+    """The caption with its boxes, and notes for people."""
+    utterance = parse(said.answer if is_instruction(prompt) else said.raw)
+    notes = []
+    line = None
+    if (usable := clean(utterance.text)) is not None:
+        line = applied(usable, place(utterance.grounded, usable), request.rules)
+    if line is None:
+        line = applied(NEUTRAL, place(utterance.grounded, NEUTRAL), replace(request.rules, drop=()))
         notes.append(f"The model said nothing usable, so the caption is {NEUTRAL!r}. Write a better one.")
     if utterance.dropped:
         notes.append(f"{utterance.dropped} boxes of the model were unusable and left out.")
+    if line is None:
+        raise AssertionError("nothing is dropped from the neutral line")
+    return line, notes
+
+
+def _finish(item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model) -> JobResult:
+    """Write what was said: the sidecar first, because it tells our text from a person's if we die in between."""
+    request = item.job.request
+    spoken, prompt = said[0], item.asks[0].prompt
+    line, found = _line(request, spoken, prompt)
+    caption, entities = line.text, line.entities
+    notes = [*item.decoded.warnings, *found]
     content = captions.file_bytes(caption)
     standing = _standing(request)
+    answers = [
+        answered(question, ask.prompt, answer)
+        for question, ask, answer in zip(request.questions, item.asks[1:], said[1:], strict=True)
+    ]
+    match = _match(request, matcher, spoken, standing.persons)
+    if match and not match["fits"]:
+        notes.append(f"The line does not seem to fit the picture (score {match['score']:+.2f}): have a look at it.")
     sidecar: dict[str, Any] = {
         "caption": caption,
-        "raw": said.raw,
+        "raw": spoken.raw,
         "entities": [entity.to_json() for entity in entities],
-        "prompt": BRIEF,
+        "answers": answers,
+        "edits": list(line.edits),
+        "match": match,
+        "prompt": prompt,
         "model": model.name,
         "revision": _revision(model.path),
-        "seconds": round(said.seconds, 3),
+        "precision": matcher.captioner.precision,
+        "seconds": round(sum(answer.seconds for answer in said), 3),
         "source": request.source.name,
         "sha256": item.source.sha256,
         "text_sha256": captions.sha256_of(content),
@@ -189,7 +276,7 @@ def _finish(item: _Prepared, said: Spoken, model: registry.Model) -> JobResult:
         "notes": notes,
     }
     files.write_json(request.sidecar, sidecar)
-    write_picture(preview(item.decoded.image, entities, caption), request.preview)
+    write_picture(preview(item.decoded.image, _drawn(entities, answers), caption), request.preview)
     outputs = [request.sidecar, request.preview]
     text_sha256 = standing.ours
     if standing.writable:
@@ -201,11 +288,32 @@ def _finish(item: _Prepared, said: Spoken, model: registry.Model) -> JobResult:
         "sha256": item.source.sha256,
         "caption": caption,
         "entities": sidecar["entities"],
+        **({"answers": answers} if answers else {}),
+        **({"match": match} if match else {}),
         "text_sha256": text_sha256,
         "captioner": model.name,
         "seconds": sidecar["seconds"],
     }
     return JobResult(facts, outputs)
+
+
+def _match(request: CaptionRequest, matcher: Matcher, said: Spoken, persons: str | None) -> dict[str, Any] | None:
+    """How well the line that counts fits the picture: a person's, else the model's own. None where nobody asks."""
+    if not (matcher.is_cheap if request.check is None else request.check):
+        return None
+    (found,) = matcher.scores(said.latents[None], [f" {persons}" if persons else said.answer])
+    return {**found.to_json(), "by": "person" if persons else "fastsd"}
+
+
+def _drawn(entities: Sequence[Entity], answers: Sequence[Mapping[str, Any]]) -> list[Entity]:
+    """The boxes of the caption and of what was asked for."""
+    asked = [
+        Entity(found["phrase"], None, tuple(found["box"]))
+        for answer in answers
+        if answer["kind"] == "ground"
+        for found in answer["entities"]
+    ]
+    return [*entities, *asked]
 
 
 @dataclass(frozen=True)
@@ -216,11 +324,13 @@ class _Standing:
         text: captions/<stem>.txt.
         ours: the sha256 of our own text there; None where nothing or a person's text lies there.
         writable: whether we may write: nothing lies there or ours does, and no person's text lies beside the picture.
+        persons: the line that a person wrote, None where nobody did.
     """
 
     text: Path
     ours: str | None
     writable: bool
+    persons: str | None = None
 
 
 def _standing(request: CaptionRequest) -> _Standing:
@@ -231,14 +341,14 @@ def _standing(request: CaptionRequest) -> _Standing:
     beside = request.source.with_suffix(".txt")
     # Beside a picture called crop.jpg may lie the crop.txt of its session, which is no caption.
     is_wishes = is_wishes_name(beside.name) and beside.parent == request.sidecar.parent.parent
-    said_beside = beside != text and not is_wishes and captions.first_line(_content(beside) or b"") is not None
-    persons = request.text is None or said_beside
+    said_beside = captions.first_line(_content(beside) or b"") if beside != text and not is_wishes else None
+    persons = request.text is None or said_beside is not None
     there = _content(text)
     if there is None:
-        return _Standing(text, None, not persons)
+        return _Standing(text, None, not persons, said_beside)
     if captions.is_ours(there, {request.written, *_recorded(request.sidecar)}):
-        return _Standing(text, captions.sha256_of(there), not persons)
-    return _Standing(text, None, writable=False)
+        return _Standing(text, captions.sha256_of(there), not persons, said_beside)
+    return _Standing(text, None, writable=False, persons=captions.first_line(there) or said_beside)
 
 
 def _content(path: Path) -> bytes | None:

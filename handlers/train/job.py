@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from handlers.caption.rules import placed
 from handlers.context import Cancelled, JobContext, JobResult, Stopping
 from handlers.convert.quiet import quiet_libraries
 from handlers.train import checkpoint, dataset, prior, sampler
@@ -268,6 +269,9 @@ def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, An
     written = plan.captions == "all" or (plan.captions == "person" and picture.get("caption_by") == "person")
     source = str(picture["source"])
     caption = picture.get("caption") if written else None
+    if caption and picture.get("entities"):
+        subject = subject_of(plan.instance, plan.class_, source)
+        caption = placed(caption, picture["entities"], subject, plan.class_, plan.concept)
     return {
         "source": _relative(source, folder),
         "sha256": picture.get("sha256"),

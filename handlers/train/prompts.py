@@ -87,6 +87,8 @@ def training_prompt(
     """
     subject = subject_of(instance, noun, source)
     text = " ".join((caption or "").split())
+    if text and re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text, re.IGNORECASE):
+        return text  # it names the subject already: once is enough
     if concept == "style":
         return f"{text}, in the style of {subject}" if text else f"a picture in the style of {subject}"
     return f"{subject}, {text}" if text else templates[0].format(subject)

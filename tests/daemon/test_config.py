@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from daemon.config import BadSettings, Settings, load_settings, quantity, seconds
 
+SECTIONS = ("caption", "watch", "webui", "limits")
+
 
 def load(folder: Path, text: str) -> Settings:
     (folder / "fastsd.yaml").write_text(text, encoding="utf-8")
@@ -42,10 +44,10 @@ def test_the_commented_file_says_the_defaults(tmp_path: Path, file: str) -> None
     uncommented = re.sub(r"^# (?=[ a-z_]+:)", "", text, flags=re.MULTILINE)
     said = yaml.safe_load(uncommented)
     assert set(said) == set(Settings.model_fields), "every key is shown"
-    assert {key for section in ("watch", "webui", "limits") for key in said[section]} == {
-        key
-        for section in ("watch", "webui", "limits")
-        for key in Settings.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    assert {key for section in SECTIONS for key in said[section]} == {
+        field.alias or key
+        for section in SECTIONS
+        for key, field in Settings.model_fields[section].annotation.model_fields.items()  # type: ignore[union-attr]
     }
     assert load(tmp_path, uncommented) == Settings(), "and what stands behind the # is the default"
 
@@ -59,8 +61,12 @@ base: miniature
 watch: {events: scan, poll: 1min, settle: 500ms, rescan: 2h, ignore: ["*.bak"]}
 webui: {kind: forge, url: "http://127.0.0.1:1", command: [python, launch.py], models: models, switch: announce}
 limits: {picture_pixels: 50M, disk_reserve: 1.5GB}
+caption: {mode: detailed, class: dog, instance: zwx, drop: [wall], precision: int8, check: off}
 """,
     )
+    assert found.caption.parameters() == {"mode": "detailed", "class": "dog", "instance": "zwx", "drop": ["wall"]}
+    assert (found.caption.precision, found.caption.check) == ("int8", False)
+    assert Settings().caption.parameters() == {}
     assert (found.watch.poll, found.watch.settle, found.watch.rescan) == (60.0, 0.5, 7200.0)
     assert (found.limits.picture_pixels, found.limits.disk_reserve) == (50_000_000, 1_500_000_000)
     assert found.webui.command == ["python", "launch.py"]
@@ -72,13 +78,15 @@ limits: {picture_pixels: 50M, disk_reserve: 1.5GB}
     [
         ("captoiner: miniature\n", 1, "`captoiner` is unknown", "Did you mean `captioner`?"),
         ("base: auto\nwatch:\n  pol: 3s\n", 3, "`watch.pol` is unknown", "Did you mean `poll`?"),
-        ("zzz: 1\n", 1, "`zzz` is unknown", "Known here: base, captioner,"),
+        ("zzz: 1\n", 1, "`zzz` is unknown", "Known here: base, caption, captioner,"),
         ("watch:\n  poll: soon\n", 2, "`watch.poll`: 'soon' is no length of time", "Write for example 10s"),
         ("limits:\n  disk_reserve: much\n", 2, "`limits.disk_reserve`: 'much' is no number", "200M or 5GB"),
         ("watch:\n  events: never\n", 2, "'never'", "Correct `watch.events`"),
         ("webui:\n  kind: gradio\n", 2, "'gradio'", "Correct `webui.kind`"),
         ("webui:\n  command: python launch.py\n", 2, "`webui.command`", "Correct `webui.command`"),
         ("\n\ncaptioner: [a, b]\n", 3, "`captioner`", "Correct `captioner`"),
+        ("caption:\n  blacklst: [a]\n", 2, "`caption.blacklst` is unknown", "Did you mean `blacklist`?"),
+        ("caption:\n  mode: long\n", 2, "'long'", "Correct `caption.mode`"),
         ("watch: yes\n", 1, "`watch`", "Correct `watch`"),
         ("- a\n- b\n", 1, "a list", "`key: value`"),
         ("just words\n", 1, "one value", "`key: value`"),

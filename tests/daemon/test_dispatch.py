@@ -29,7 +29,7 @@ from handlers.context import Waiting
 from handlers.kinds import Kind
 from handlers.outcome import Outcome
 from sessions.refusal import Refusal
-from tests.probes import ENVIRONMENT, KINDS, ROOT, alive, until
+from tests.probes import ENVIRONMENT, KINDS, ROOT, alive, kind, until
 
 
 class Recorder(Hooks):
@@ -242,6 +242,34 @@ def test_batches_are_shared_out_among_the_free_slots(tmp_path: Path) -> None:
             it.put(*"abcdef", kind="batch")
             await it.ended(*"abcdef")
             assert sorted(outcome.facts["batch"] for _, outcome in it.hooks.outcomes) == [2, 2, 4, 4, 4, 4]
+
+    asyncio.run(main())
+
+
+def test_a_job_waits_for_company_but_not_for_ever(tmp_path: Path) -> None:
+    ahead = 0.0
+    kinds = {
+        "batch": kind("batch", handler="BatchProbe", batch=4, gather=50.0, priority=10),
+        "probe": kind("probe", priority=20),
+    }
+
+    async def main() -> None:
+        nonlocal ahead
+        async with house(tmp_path, {"cpu": 1}, kinds, clock=lambda: time.time() + ahead) as it:
+            it.put("a", kind="batch")
+            it.put("later")
+            it.put(*"bcd", kind="batch")
+            await it.ended(*"abcd", "later")
+            facts = {key: outcome.facts for key, outcome in it.hooks.outcomes}
+            # The first one waited for the others, and nothing of less priority came between.
+            assert [facts[key]["batch"] for key in "abcd"] == [4] * 4
+            assert [key for key, _ in it.hooks.outcomes][-1] == "later"
+            # Nobody comes: a quarter of the time is enough.
+            it.put("e", kind="batch")
+            ahead = 13.0
+            it.dispatcher.wake()
+            await it.ended("e")
+            assert it.hooks.outcomes[-1][1].facts["batch"] == 1
 
     asyncio.run(main())
 

@@ -52,6 +52,8 @@ def test_paths_are_absolute_and_settings_are_in(house: House) -> None:
         "preview": os.fspath(folder / "previews/x.jpg"),
         "written": None,
         "captioner": "miniature",
+        "precision": "auto",
+        "check": "auto",
         "models": os.fspath(house.root / "Models"),
         "pixel_limit": 1234,
     }

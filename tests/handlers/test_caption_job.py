@@ -19,7 +19,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from handlers.caption.clean import NEUTRAL, Entity
 from handlers.caption.draw import LONG_SIDE, preview
 from handlers.caption.job import CaptionHandler
-from handlers.caption.model import BRIEF, Captioner, Interrupted, require_square
+from handlers.caption.load import require_square
+from handlers.caption.model import Ask, Captioner, Interrupted, Spoken
+from handlers.caption.prompts import BRIEF
 from handlers.context import BatchHandler, Cancelled, JobContext, JobResult, Stopping, Waiting
 from handlers.models.miniature import captioner as miniature
 from handlers.models.registry import MissingModel
@@ -148,7 +150,9 @@ def images() -> list[Image.Image]:
 
 
 def words(captioner: Captioner, shown: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
-    return [said.raw for said in captioner.speak(shown, prompts)]
+    said = dict(captioner.speak(shown, [Ask(index, prompt) for index, prompt in enumerate(prompts)]))
+    spoken = [said[index] for index in range(len(prompts))]
+    return [answer.raw for answer in spoken if isinstance(answer, Spoken)]
 
 
 def test_a_batch_says_what_singles_say_even_with_prompts_of_several_lengths(babbler: Captioner) -> None:
@@ -162,29 +166,29 @@ def test_a_batch_says_what_singles_say_even_with_prompts_of_several_lengths(babb
 
 def test_every_generation_option_is_given_not_taken_from_a_configuration(babbler: Captioner) -> None:
     expected = words(babbler, images(), [BRIEF] * 4)
-    inner = babbler._model.text_model.generation_config
+    inner = babbler.model.text_model.generation_config
     before = inner.to_dict()
     try:
         inner.update(do_sample=True, max_new_tokens=2, num_beams=2, repetition_penalty=3.0, no_repeat_ngram_size=1)
         assert words(babbler, images(), [BRIEF] * 4) == expected
     finally:
         inner.update(**before)
-    # Longer than the library's default of 20, and no three tokens twice.
-    tokens = babbler._processor.tokenizer(expected[0], add_special_tokens=False).input_ids
+    # Longer than the library's default of 20, and no long run of tokens twice.
+    tokens = babbler.processor.tokenizer(expected[0], add_special_tokens=False).input_ids
     assert len(tokens) > 40
-    triples = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
-    assert len(triples) == len(set(triples))
+    runs = [tuple(tokens[start : start + 12]) for start in range(len(tokens) - 11)]
+    assert len(runs) == len(set(runs))
 
 
 def test_the_picture_is_what_the_model_looks_at(babbler: Captioner) -> None:
     inputs = [
-        babbler._processor(text=[BRIEF], images=[image], return_tensors="pt")["pixel_values"] for image in images()
+        babbler.processor(text=[BRIEF], images=[image], return_tensors="pt")["pixel_values"] for image in images()
     ]
     assert {tuple(values.shape) for values in inputs} == {(1, 3, miniature.RESOLUTION, miniature.RESOLUTION)}
     # The whole of a wide picture, ends included: stretched, not cut.
     wide = Image.new("RGB", (640, 160), "black")
     wide.paste("white", (0, 0, 40, 160))
-    values = babbler._processor(text=[BRIEF], images=[wide], return_tensors="pt")["pixel_values"][0, 0]
+    values = babbler.processor(text=[BRIEF], images=[wide], return_tensors="pt")["pixel_values"][0, 0]
     assert values[:, 0].mean() > values[:, -1].mean() + 1
 
 
@@ -197,7 +201,7 @@ def test_a_processor_that_cuts_pictures_is_refused(babbler: Captioner, models: P
     with pytest.raises(Waiting, match="does not stretch"):
         Captioner.load(folder, "cpu")
     with pytest.raises(Waiting, match="224"):
-        require_square(babbler._processor, 224)
+        require_square(babbler.processor, 224)
 
 
 def test_the_processor_as_the_hub_has_it_is_accepted() -> None:
@@ -372,7 +376,7 @@ def test_generation_stops_at_the_next_token(babbler: Captioner) -> None:
         return asked >= 3
 
     with pytest.raises(Interrupted):
-        babbler.speak(images(), [BRIEF] * 4, halted)
+        list(babbler.speak(images(), [Ask(index, BRIEF) for index in range(4)], halted))
     assert asked == 4  # at three tokens, and once at the end
 
 
