@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +208,25 @@ def test_a_failed_installation_starts_nothing(colab: Colab) -> None:
     assert not [call for call in colab.calls if call.startswith("fastsd")]
 
 
+def stopped(cell: "subprocess.Popen[str]") -> str:
+    """What a cell still says when it is stopped as a person stops it: again, where once was not enough.
+
+    An interrupt that meets Python in a finalizer is swallowed there.
+    """
+    for _ in range(6):
+        cell.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return cell.communicate(timeout=10)[0]
+    raise AssertionError("the cell goes on")
+
+
 def test_stopping_the_cell_leaves_the_daemon_and_running_it_again_follows_it(colab: Colab) -> None:
     first = colab.start()
     log = colab.content / "fastsd/up.log"
     until(lambda: log.exists() and "watching" in log.read_text())
     assert first.stdout is not None
     until(lambda: "watching /" in (first.stdout.readline() if first.stdout else ""))
-    first.send_signal(signal.SIGINT)
-    output, _ = first.communicate(timeout=30)
-    assert "goes on in the background" in output
+    assert "goes on in the background" in stopped(first)
     daemon = int((colab.content / "fastsd/up.pid").read_text())
     again = colab.start()
     try:

@@ -36,8 +36,7 @@ _SPEC = """\
 base: miniature
 instance: zwx
 class: star
-batch_size: 4
-prior: {images: 100}    # pictures of what the miniature draws already, so that it does not forget
+prior: {images: 60}    # pictures of what the miniature draws already, so that it does not forget
 start: now
 """
 _MARKER = ".fastsd-demo"

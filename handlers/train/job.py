@@ -231,7 +231,7 @@ def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseMod
             unet,
             pipeline.text_encoder,
             wanted=wanted,
-            batch=prior.BATCH,
+            batch=prior.batch_of(plan),
             resolution=plan.resolution,
             guidance=plan.guidance,
             device=context.device,

@@ -24,7 +24,8 @@ from sessions import files
 from sessions.layout import CONCEPT_IMAGES, is_picture_name
 from sessions.refusal import Refusal
 
-BATCH = 8
+_BATCH = 8
+_MINIATURE_BATCH = 32
 # Any scale does to learn a picture's upright size; a small one decodes fast.
 _GLANCE = 0.1
 
@@ -56,9 +57,10 @@ def class_pictures(
     """
     missing = plan.prior_images - len(_found(place.now()))
     names = list(islice(_free_names(place.now()), max(0, missing)))
-    for start in range(0, len(names), BATCH):
+    batch = batch_of(plan)
+    for start in range(0, len(names), batch):
         progress(start, missing)
-        part = names[start : start + BATCH]
+        part = names[start : start + batch]
         wanted = [(_prompt_of(plan, number), plan.seed + number) for number, _name in part]
         drawn = draw(wanted)
         if not drawn:
@@ -74,6 +76,11 @@ def class_pictures(
             left_out.append({"source": str(path), "reason": error.what if isinstance(error, Refusal) else str(error)})
     rendered = render_pictures(entries, plan.resolution, lambda done: progress(done, len(entries)))
     return Rendered(rendered.images, rendered.pictures, [*left_out, *rendered.left_out])
+
+
+def batch_of(plan: Plan) -> int:
+    """How many class pictures are drawn at once; a miniature's fit by the dozen."""
+    return _MINIATURE_BATCH if plan.miniature else _BATCH
 
 
 def _found(session: Path) -> list[Path]:

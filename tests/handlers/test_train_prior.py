@@ -78,7 +78,7 @@ def test_missing_ones_are_drawn_and_peoples_own_count(tmp_path: Path) -> None:
 def test_stopped_in_between_nothing_is_drawn_twice(tmp_path: Path) -> None:
     session = make_session(tmp_path / "Sessions" / "dog")
     plan = plan_of("class: dog\nprior: {images: 20}\n")
-    first = Brush(stop_after=prior.BATCH)
+    first = Brush(stop_after=prior.batch_of(plan))
     with pytest.raises(Stopping):
         gather(session, plan, first)
     second = Brush()

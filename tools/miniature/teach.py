@@ -25,7 +25,7 @@ from sessions import files
 from sessions.spec import parse_spec
 from tools.miniature.evaluate import write_sheet
 
-SPEC = "base: miniature\nclass: star\nbatch_size: 4\nprior: {images: 100}\n"
+SPEC = "base: miniature\nclass: star\nprior: {images: 60}\n"
 
 
 def lesson(folder: Path, cache: Path, spec: str = SPEC) -> tuple[Path, float]:
