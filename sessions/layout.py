@@ -40,6 +40,8 @@ PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".apng"},
 )
 MODEL_SUFFIXES = frozenset({".safetensors", ".ckpt"})
+# What WebUIs want beside a model that predicts the velocity carries the model's name, which ends in its run's.
+_MODEL_YAML = re.compile(r"-\d{6}-[0-9a-f]{4}\.yaml$")
 _NAME_BYTES = 255
 # The longest ending that an output gets behind its stem, with room for the mark of a second stem ("~jpeg").
 _STEM_BYTES = _NAME_BYTES - 32
@@ -170,6 +172,8 @@ def role_in_session(relative: str) -> Role:
         return Role.CAPTION
     if lower.endswith(".json") and (not folders or folders[0] == CAPTIONS):
         return Role.OWN  # sidecars of models and of captions
+    if not folders and _MODEL_YAML.search(lower):
+        return Role.OWN
     if not folders and os.path.splitext(lower)[1] in MODEL_SUFFIXES:
         return Role.MODEL
     return Role.OTHER

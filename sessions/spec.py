@@ -27,12 +27,13 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 # Base names the registry knows → side lengths (pixels) that its architecture was made for.
 RESOLUTIONS: dict[str, tuple[int, int]] = {
     "miniature": (64, 128),
+    "miniature-sd2": (64, 128),
     "sd15": (256, 768),
     "sd21": (256, 768),
     "sd21-768": (512, 1024),
     "sdxl": (512, 1536),
 }
-_LATER_BASES = ("sd21", "sd21-768", "sdxl", "flux-dev", "flux-schnell", "miniature-sd2", "miniature-sdxl")
+_LATER_BASES = ("sd21", "sd21-768", "sdxl", "flux-dev", "flux-schnell", "miniature-sdxl")
 
 
 def _steps(value: object) -> object:

@@ -45,8 +45,8 @@ _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
 )
 # Pictures a step. A miniature's step of 6 costs little more than one of 1, and its lessons are short.
 _BATCH_SIZE = {"miniature": 6}
-# γ of min-SNR where train.yaml names none. Uniform weights spend a miniature's short lesson on the last traces of noise,
-# shapes are settled before: of 100 pictures 47 showed the new shape without it, 73 with it.
+# γ of min-SNR where train.yaml names none. Uniform weights spend a miniature's short lesson on the last traces of
+# noise, where shapes are long settled: of 100 pictures 47 showed the new shape without it, 73 with it.
 _MIN_SNR = {"miniature": 1.0}
 _SAMPLES = 2  # halfway and at the end; more where train.yaml asks for them
 GUIDANCE = 7.5

@@ -101,7 +101,7 @@ def find_base(name: str, models: Path | None, cache: Path) -> BaseModel:
         Refusal: no such base is known, or its family is not trained yet.
     """
     model = registry.find(name, "checkpoint", models, cache)
-    if model.family not in ("", "sd1"):
+    if model.family not in ("", "sd1", "sd2"):
         raise Refusal(
             "spec", f"{name} is of the family {model.family}, which comes with a later version.", "Use an SD 1 base."
         )

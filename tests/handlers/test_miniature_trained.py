@@ -32,6 +32,17 @@ def test_the_drawing_miniature_draws_the_colours_that_a_prompt_names(cache: Path
     assert figures["shape_right"] >= 0.85
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_miniature_of_sd2_draws_what_a_prompt_names(cache: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(miniature.ensure("miniature-sd2", cache), local_files_only=True)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    figures = evaluate.drawing_figures(pipeline, 50, None)
+    # Its figures on 200 prompts are in the model card.
+    assert figures["background_right"] >= 0.9
+    assert figures["colour_right"] >= 0.9
+    assert figures["shape_right"] >= 0.7
+
+
 @pytest.mark.skipif(
     not miniature.is_trained("miniature-captioner"), reason="the captioner ships no trained weights yet"
 )

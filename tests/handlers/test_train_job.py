@@ -109,6 +109,19 @@ def test_each_stage_trains_what_it_should(cache: Path, tmp_path: Path) -> None:
     assert not same(weights(made["unet"], "unet"), weights(base, "unet"))
 
 
+def test_the_miniature_of_sd2_trains_and_becomes_one_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "base: miniature-sd2\ntext_encoder: {steps: 2}\nunet: {steps: 2, learning_rate: 1e-3}\nsample_every: 2\n"
+    result, _ = train(payload_of(session, spec, base="miniature-sd2"), cache)
+    finished = Path(result.facts["finished"])
+    base = miniature.folder_of("miniature-sd2", cache)
+    for part in ("unet", "text_encoder"):
+        assert not same(weights(finished, part), weights(base, part))
+    made = convert(finished, session / "dog.safetensors", verify="forward")
+    assert (made.pipeline.family, made.pipeline.prediction) == ("sd2", "v")
+
+
 def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From random weights, so that the loss begins at that of a model that knows nothing."""
     monkeypatch.setattr(miniature, "shipped", lambda _name: None)
