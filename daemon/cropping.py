@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from handlers.crop.grounded import PEOPLE, is_one_of, words_of
 from sessions import layout
 from sessions.captions import decoded
 from sessions.manifest import Record
@@ -28,13 +29,6 @@ _FACELESS = frozenset({"saliency", "centre", "grounded"})
 _GROUNDING = ("entities", "words")
 _MOST_BYTES = 1 << 20
 _WORD = re.compile(r"\w+")
-_PEOPLE = frozenset(
-    _WORD.findall(
-        """adult baby boy bride child children couple crowd face family father friend girl groom guy human kid lady male
-        man men mother people person player singer student toddler woman women"""
-    )
-)
-"""Nouns whose subject is a face, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +158,13 @@ def _follows(base: Mapping[str, Any], grounding: Mapping[str, Any], found: str |
         return False
     if found == "face":
         # The dog of the session is trusted more than the face of whom it sits with.
-        return subject == "" and any(not _stems(word) & _PEOPLE for word in grounding.get("words", ()))
+        return subject == "" and not all(_is_person(word) for word in grounding.get("words", ()))
     return found is None or found in _FACELESS
+
+
+def _is_person(word: str) -> bool:
+    """Whether the subject of a noun is a face, where there is one."""
+    return any(is_one_of(part, PEOPLE) for part in words_of(word))
 
 
 def _grounding(caption: Record, words: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from handlers.crop.job import CropRequest
 from handlers.models.miniature.world import Scene, Thing, draw
 from sessions.layout import SHEET
 from sessions.manifest import Record, manifest_path
@@ -104,7 +103,7 @@ def test_crops_follow_their_captions_and_a_class_whatever_is_killed_and_lost(
         phrases = [entity["phrase"] for entity in crop["params"]["entities"]]
         assert sum("square" in phrase for phrase in phrases) == 1, (name, phrases)
         # A crop job that knows of boxes keeps what the class names.
-        assert holds_the_square(crop) or not hasattr(CropRequest, "entities"), (name, crop)
+        assert holds_the_square(crop), (name, crop)
     assert max(lines(session).values()) <= 3
     assert daemon.stop() == 0
 
