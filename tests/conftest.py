@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,10 @@ from tests.daemon_process import DaemonProcess
 # Timings never decide a test: how long an example takes depends on what else the machine does.
 settings.register_profile("fastsd", deadline=None)
 settings.load_profile("fastsd")
+
+# A shell starts what it puts into the background with SIGINT ignored, and children would inherit that: tests that
+# interrupt a process would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 

@@ -213,10 +213,10 @@ def stopped(cell: "subprocess.Popen[str]") -> str:
 
     An interrupt that meets Python in a finalizer is swallowed there.
     """
-    for _ in range(6):
+    for _ in range(2):
         cell.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            return cell.communicate(timeout=10)[0]
+            return cell.communicate(timeout=30)[0]
     raise AssertionError("the cell goes on")
 
 
