@@ -101,7 +101,7 @@ def peak_gigabytes(device: str) -> float:
     """Of this process with all its models; on a GPU, of what was just measured with them."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return torch.cuda.max_memory_allocated() / 1e9
+    return float(torch.cuda.max_memory_allocated()) / 1e9
 
 
 def main() -> None:
