@@ -21,6 +21,7 @@ from handlers.train import checkpoint, dataset, prior, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_adapters, write_finished
+from handlers.train.further import as_before, base_of_run, plan_of_run
 from handlers.train.loop import Material
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
@@ -40,7 +41,8 @@ class TrainHandler:
 
         Payload: ``folder``, ``root``, ``session``, ``run``, ``name``, ``spec``, ``spec_record``, ``base``, ``models``,
         ``pictures``: ``source``, ``sha256``, ``box``, ``caption``, and where known ``caption_by`` (``person``),
-        ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free. A run that has its
+        ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free; ``continued``: ``run`` and
+        ``model`` (a file in the session) to train on from. A run that has its
         ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
@@ -59,8 +61,11 @@ class TrainHandler:
         models = payload.get("models")
         # A run that began goes by what it wrote down, whatever became of the train.yaml and the pictures.
         name = str(record["base"]["name"] if record else payload["base"])
-        gpu = _gpu_bytes(context.device)
-        base = find_base(name, Path(models) if models else None, context.cache, gpu)
+        continued = record.get("continued") if record else payload.get("continued")
+        if continued:
+            base = base_of_run(place.now(), continued, context.cache)
+        else:
+            base = find_base(name, Path(models) if models else None, context.cache, _gpu_bytes(context.device))
         try:
             with _threads_for(base, context.device):
                 return _train(context, place, run, base, record)
@@ -165,6 +170,8 @@ def _prepare(
     """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
+    if continued := payload.get("continued"):
+        spec = as_before(spec, plan_of_run(place.now(), continued))
     pictures = sorted(payload["pictures"], key=lambda picture: str(picture["source"]))
     plan = make_plan(spec, base.facts, pictures, str(payload.get("session")), _precision(context.device))
     if plan.precision != "fp32" and context.device == "cpu":
@@ -200,6 +207,7 @@ def _prepare(
         "spec": payload["spec"],
         "spec_record": payload.get("spec_record"),
         "plan": plan.to_json(),
+        "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),

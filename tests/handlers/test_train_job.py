@@ -183,6 +183,32 @@ def test_fine_tuning_trains_both_together(steps: int, encoder_changes: bool, cac
     assert same(weights(finished, "text_encoder"), weights(base, "text_encoder")) is not encoder_changes
 
 
+def test_more_steps_from_a_finished_run(cache: Path, tmp_path: Path) -> None:
+    """It begins with the finished weights, and what train.yaml leaves open is as it was."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "instance: qqq\nclass: shape\nsample_every: 0\nunet: {steps: 3, learning_rate: 1e-3}\n"
+    first, _ = train(payload_of(session, spec + "text_encoder: {steps: 2, learning_rate: 1e-3}\n"), cache)
+    finished = Path(first.facts["finished"])
+    file = session / "dog-r1.safetensors"
+    convert(finished, file)
+    former = {part: weights(finished, part) for part in ("unet", "text_encoder", "vae")}
+    shutil.rmtree(finished)
+    continued = {"run": "r1", "model": file.name}
+    still = "continue: last\nsample_every: 0\nunet: {steps: 1, learning_rate: 1e-30}\n"
+    second, _ = train(payload_of(session, still, run="r2", continued=continued), cache)
+    for part, tensors in former.items():
+        assert same(weights(Path(second.facts["finished"]), part), tensors)
+    record = json.loads((session / "runs" / "r2" / "run.json").read_text())
+    plan = record["plan"]
+    assert (plan["instance"], plan["class_"], plan["text_encoder_steps"]) == ("qqq", "shape", 0)
+    assert record["continued"] == continued
+    more, _ = train(payload_of(session, still.replace("1e-30", "1e-3"), run="r3", continued=continued), cache)
+    assert not same(weights(Path(more.facts["finished"]), "unet"), former["unet"])
+    file.unlink()
+    with pytest.raises(Refusal, match=r"dog-r1\.safetensors is gone"):
+        train(payload_of(session, still, run="r4", continued=continued), cache)
+
+
 def test_an_inpainting_base_is_refused(cache: Path, tmp_path: Path) -> None:
     models = tmp_path / "Models"
     shutil.copytree(miniature.folder_of("miniature", cache), models / "painter")
