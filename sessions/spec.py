@@ -312,7 +312,6 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             "Use miniature, sd15 or an SD 1 model under Models/.",
         ),
         (spec.method not in ("auto", "dreambooth"), ("method",), f"method: {spec.method}", "Use dreambooth or auto."),
-        (spec.buckets, ("buckets",), "buckets", "Leave it out: pictures are cut to squares around their subject."),
         (spec.optimizer not in ("auto", "adamw"), ("optimizer",), f"optimizer: {spec.optimizer}", "Use adamw or auto."),
         (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
         (spec.ema, ("ema",), "ema", "Leave it out."),

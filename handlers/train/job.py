@@ -20,6 +20,7 @@ from handlers.convert.quiet import quiet_libraries
 from handlers.train import checkpoint, dataset, prior, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel, find_base
+from handlers.train.buckets import bucket_counts, told_of
 from handlers.train.finish import finished_folder, write_finished
 from handlers.train.loop import Material
 from handlers.train.place import Place
@@ -171,9 +172,13 @@ def _prepare(
     if plan.precision != "fp32" and context.device == "cpu":
         raise Refusal("spec", f"precision: {plan.precision} needs a GPU.", "Use auto or fp32.")
     count = len(pictures)
-    rendered = dataset.render_pictures(
-        pictures, plan.resolution, lambda number: _progress(context, number, count, "reading the pictures")
-    )
+
+    def reading(number: int) -> None:
+        _progress(context, number, count, "reading the pictures")
+
+    if plan.buckets:
+        pictures = dataset.with_buckets(pictures, plan.bucket_shapes, reading)
+    rendered = dataset.render_pictures(pictures, plan.resolution, reading)
     dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
@@ -193,6 +198,7 @@ def _prepare(
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
     folder = place.now()
+    counts = bucket_counts(rendered.pictures)
     record = {
         "name": payload.get("name"),
         "session": payload.get("session"),
@@ -209,9 +215,12 @@ def _prepare(
         "left_out": [
             {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
         ],
+        **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
     }
     run.write_record(record)
+    for line in told_of(counts, plan.batch_size):
+        run.log(line)
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
@@ -276,6 +285,7 @@ def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, An
         "source": _relative(source, folder),
         "sha256": picture.get("sha256"),
         "box": picture["box"],
+        **{key: picture[key] for key in ("picture", "bucket", "window") if key in picture},
         "prompt": training_prompt(plan.instance, plan.class_, plan.concept, source, caption, templates=plan.templates),
     }
 
@@ -341,6 +351,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "seconds": record["seconds"],
         "pictures": sum(not entry.get("prior") for entry in record["inputs"]),
         "left_out": record["left_out"],
+        **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
         "metadata": {
             "title": record.get("name"),
