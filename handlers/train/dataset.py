@@ -218,7 +218,7 @@ def load(place: Place, run: str, digest: str) -> Frozen | None:
 def _tensors_of(frozen: Frozen) -> dict[str, torch.Tensor]:
     """``mean`` and ``std`` of the first shape, ``mean.1`` and so on of the others, with the pictures' numbers."""
     groups = frozen.groups(len(frozen.mean))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, group in enumerate(groups):
         mean, std = frozen.of(group)
         tensors |= {_key("mean", number): mean, _key("std", number): std}
