@@ -121,20 +121,21 @@ def bucket_counts(inputs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def told_of(buckets: Sequence[Mapping[str, Any]], batch: int) -> list[str]:
-    """Lines for the log about ``bucket_counts``: what there is, and which buckets are smaller than a batch."""
-    named = [(f"{bucket['size'][0]} × {bucket['size'][1]}", int(bucket["pictures"])) for bucket in buckets]
-    lines = ["buckets: " + ", ".join(f"{count} of {name}" for name, count in named)] if named else []
-    lines += [
-        f"the bucket {name} has {_pictures(count)}, fewer than a batch of {batch}: they repeat within a batch; more "
-        "pictures of this shape, or a smaller batch_size, would teach more"
-        for name, count in named
-        if count < batch
-    ]
+    """Lines for the log about ``bucket_counts``: what there is, and which buckets have fewer pictures than a batch."""
+    if not buckets:
+        return []
+    lines = [f"buckets: {_named(buckets)}"]
+    small = [bucket for bucket in buckets if bucket["pictures"] < batch]
+    if small:
+        lines.append(
+            f"fewer pictures than a batch of {batch}, so that they repeat within it: {_named(small)}; more pictures "
+            "of these shapes, or a smaller batch_size, would teach more"
+        )
     return lines
 
 
-def _pictures(count: int) -> str:
-    return f"{count} picture{'' if count == 1 else 's'}"
+def _named(buckets: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{bucket['pictures']} of {bucket['size'][0]} × {bucket['size'][1]}" for bucket in buckets)
 
 
 def _grown(side: int, length: int, shape: Shape) -> tuple[int, int]:

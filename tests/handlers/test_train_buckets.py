@@ -158,6 +158,16 @@ def test_turned_by_exif_the_window_and_the_pixels_are_the_same(tmp_path: Path, o
     assert max(ImageStat.Stat(ImageChops.difference(image, expected)).mean) < 1.0
 
 
+def test_crop_off_and_a_persons_box(tmp_path: Path) -> None:
+    """The whole picture gives the largest window in its middle; a small square at the edge grows inwards."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (210, 120), "red").save(path)
+    entries = [{"source": str(path), "box": box} for box in ([0, 0, 210, 120], [140, 50, 210, 120])]
+    found = dataset.with_buckets(entries, bucket_shapes(64, 8), lambda _: None)
+    assert [entry["bucket"] for entry in found] == [[80, 48], [80, 48]]
+    assert [entry["window"] for entry in found] == [[5, 0, 205, 120], [93, 50, 210, 120]]
+
+
 def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     broken, gone, cut = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
     broken.write_bytes(b"no picture")
@@ -287,7 +297,8 @@ def test_what_the_log_says() -> None:
     told = told_of(counts, 2)
     assert told[0] == "buckets: 1 of 48 × 80, 2 of 80 × 48"
     assert len(told) == 2
-    assert "48 × 80 has 1 picture, fewer than a batch of 2" in told[1]
+    assert "fewer pictures than a batch of 2, so that they repeat within it: 1 of 48 × 80;" in told[1]
+    assert told_of(counts, 1) == told[:1]
     assert told_of([], 6) == []
 
 
@@ -331,7 +342,7 @@ def test_a_miniature_trains_on_wide_and_tall_pictures(cache: Path, tmp_path: Pat
     assert not any("bucket" in entry for entry in record["inputs"] if entry.get("prior"))
     log = (session / "runs" / "r1" / "log.txt").read_text()
     assert "buckets: 2 of 56 × 72, 1 of 64 × 64, 2 of 80 × 48" in log
-    assert "the bucket 64 × 64 has 1 picture, fewer than a batch of 2" in log
+    assert "fewer pictures than a batch of 2, so that they repeat within it: 1 of 64 × 64;" in log
     rows = [json.loads(line) for line in (session / "runs" / "r1" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert all(0 < row["loss"] < 10 for row in rows)
