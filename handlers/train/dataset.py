@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from handlers.crop.decode import OpenPicture, read_source
 from handlers.crop.render import render_window
+from handlers.train.auto import Plan
 from handlers.train.buckets import Frame, Shape, bucket_frame
 from handlers.train.place import Place, folder_in
 from sessions import files
@@ -138,6 +139,22 @@ def frame_of(entry: Mapping[str, Any], resolution: int) -> Frame:
     x0, y0, x1, y1 = entry["window"]
     width, height = entry["bucket"]
     return Frame((x0, y0, x1, y1), (width, height))
+
+
+def sizes_told(inputs: Sequence[Mapping[str, Any]], plan: Plan) -> torch.Tensor:
+    """What SDXL is told of each picture: original size, crop, size trained at; (pictures, 6) in pixels, heights first.
+
+    A window around a subject is a picture of its own, as if nothing had been cut off: told of a crop, the model would
+    learn that the subject belongs to cut pictures. A miniature knows no size but the one that it draws.
+    """
+    rows = []
+    for entry in inputs:
+        frame = frame_of(entry, plan.resolution)
+        left, top, right, bottom = frame.window
+        width, height = frame.shape
+        original = (height, width) if plan.miniature else (bottom - top, right - left)
+        rows.append([*original, 0, 0, height, width])
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def require_enough(rendered: Rendered) -> None:

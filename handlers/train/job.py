@@ -21,7 +21,7 @@ from handlers.train import checkpoint, dataset, prior, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.buckets import bucket_counts, told_of
-from handlers.train.finish import finished_folder, write_finished
+from handlers.train.finish import finished_folder, write_adapters, write_finished
 from handlers.train.loop import Material
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
@@ -60,7 +60,8 @@ class TrainHandler:
         models = payload.get("models")
         # A run that began goes by what it wrote down, whatever became of the train.yaml and the pictures.
         name = str(record["base"]["name"] if record else payload["base"])
-        base = find_base(name, Path(models) if models else None, context.cache)
+        gpu = _gpu_bytes(context.device)
+        base = find_base(name, Path(models) if models else None, context.cache, gpu)
         try:
             with _threads_for(base, context.device):
                 return _train(context, place, run, base, record)
@@ -122,7 +123,8 @@ def _train(
         pipeline.vae.config.scaling_factor,
         device,
     )
-    trainer = Trainer(base, pipeline, material, [entry["prompt"] for entry in record["inputs"]])
+    inputs = record["inputs"]
+    trainer = Trainer(base, pipeline, material, [entry["prompt"] for entry in inputs], dataset.sizes_told(inputs, plan))
     spent = float(found.state.get("seconds", 0.0)) if found else 0.0
     recorder = Recorder(
         context,
@@ -139,14 +141,11 @@ def _train(
     else:
         recorder.chart()
     run.flush()
-    folder = write_finished(
-        place,
-        run.run,
-        pipeline,
-        unet=trainer.unet,
-        text_encoder=trainer.text_encoder,
-        dtype=base.finished_dtype(),
-    )
+    dtype = base.finished_dtype()
+    if plan.is_adapter:
+        folder = write_adapters(place, run.run, pipeline, trainer.adapters, plan=plan, dtype=dtype)
+    else:
+        folder = write_finished(place, run.run, base.training, pipeline, unet=trainer.unet, dtype=dtype)
     record = {
         **record,
         "state": "finished",
@@ -207,7 +206,7 @@ def _prepare(
         "spec": payload["spec"],
         "spec_record": payload.get("spec_record"),
         "plan": plan.to_json(),
-        "base": {"name": base.model.name, "family": base.model.family or "sd1", "origin": base.model.origin},
+        "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
@@ -236,9 +235,9 @@ def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseMod
         nonlocal unet
         unet = unet or base.load_unet().to(context.device)
         return sampler.draw(
+            base.training,
             pipeline,
             unet,
-            pipeline.text_encoder,
             wanted=wanted,
             batch=prior.batch_of(plan),
             resolution=plan.resolution,
@@ -301,6 +300,11 @@ def _progress(context: JobContext, done: int, total: int, note: str) -> None:
         raise Stopping
 
 
+def _gpu_bytes(device: str) -> int:
+    """All memory of the GPU, 0 for a CPU."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.startswith("cuda") else 0
+
+
 def _precision(device: str) -> Precision:
     """What ``precision: auto`` is: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
     if not device.startswith("cuda"):
@@ -311,7 +315,8 @@ def _precision(device: str) -> Precision:
 def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
     counts = base.parameters()
-    trained = counts["unet"] + (counts["text_encoder"] if plan.text_encoder_steps else 0)
+    encoders = sum(counts.get(name, 0) for name in base.training.encoders)
+    trained = counts["unet"] + (encoders if plan.text_encoder_steps else 0)
     # float32 weights and AdamW's two moments, in the newest two and the one being written.
     checkpoints = 12 * trained * (checkpoint.KEPT + 1)
     result = 2 * sum(counts.values()) * base.finished_dtype().itemsize

@@ -21,6 +21,7 @@ from torch.nn import functional
 from handlers.train import randomness
 from handlers.train.auto import Plan
 from handlers.train.dataset import Frozen
+from handlers.train.trainable import Trainable
 from sessions.refusal import Refusal
 
 LARGEST_NORM = 1.0
@@ -28,35 +29,56 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A learning rate over a stage.
+
+    Attributes:
+        value: at the first step.
+        steps: in which it falls to 0 as the schedule says; after them it is 0.
+    """
+
+    value: float
+    steps: int
+
+    def at(self, step: int, schedule: str) -> float:
+        """The rate in a step counted from 0."""
+        return self.value * learning_rate_factor(schedule, step, self.steps) if step < self.steps else 0.0
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run.
 
     Attributes:
-        number: 1 or 2.
+        number: 1 or 2; a method of one stage has stage 2 alone.
         title: for the status line.
         first: steps of the run done before it.
         steps: how many it has.
-        rate: its learning rate at the first step.
+        rates: name → learning rate, of each that is trained.
         unet: predicts; trained if it is among ``trained``.
-        trained: name → module; these get gradients.
-        embed: pictures' indices → (batch, tokens, width), what the UNet attends to.
+        trained: name → what of which module gets gradients.
+        condition: pictures' indices → the UNet's keyword arguments: what it is told of them.
     """
 
     number: int
     title: str
     first: int
     steps: int
-    rate: float
+    rates: Mapping[str, Rate]
     unet: Any
-    trained: Mapping[str, Any]
-    embed: Callable[[list[int]], torch.Tensor]
+    trained: Mapping[str, Trainable]
+    condition: Callable[[list[int]], Mapping[str, Any]]
 
-    def parameters(self) -> dict[str, Any]:
-        """Name → parameter of everything trained, in a fixed order."""
+    @property
+    def rate(self) -> Rate:
+        """The one that is shown: the UNet's where it is trained."""
+        return self.rates.get("unet") or next(iter(self.rates.values()))
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """Name of what is trained → name → parameter, in a fixed order; all names are distinct."""
         return {
-            f"{module_name}.{name}": parameter
-            for module_name, module in sorted(self.trained.items())
-            for name, parameter in module.named_parameters()
+            part: {f"{part}.{name}": parameter for name, parameter in trained.parameters().items()}
+            for part, trained in sorted(self.trained.items())
         }
 
 
@@ -130,15 +152,20 @@ def train_stage(
         Refusal: code ``diverged``: the loss is no longer a number.
     """
     plan, device = material.plan, material.device
-    parameters = stage.parameters()
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=stage.rate, weight_decay=1e-2, fused=True)
+    groups = stage.groups()
+    parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.values()), "part": part} for part, group in groups.items()],
+        lr=stage.rate.value,
+        weight_decay=1e-2,
+        fused=True,
+    )
     scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=plan.precision == "fp16")
     if optimizer_state is not None:
         restore(optimizer, scaler, parameters, optimizer_state)
     for step in range(start, stage.steps):
-        rate = stage.rate * learning_rate_factor(plan.schedule, step, stage.steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = stage.rates[group["part"]].at(step, plan.schedule)
         torch.manual_seed(randomness.number(plan.seed, stage.number, step, "dropout"))
         with _autocast(plan, device):
             loss = denoising_loss(stage, material, step)
@@ -151,6 +178,7 @@ def train_stage(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        rate = stage.rate.at(step, plan.schedule)
         after_step(Done(stage, step + 1, value, rate, lambda: optimizer_tensors(optimizer, scaler, parameters)))
 
 
@@ -217,8 +245,7 @@ def _losses(stage: Stage, material: Material, step: int, batch: _Batch) -> torch
     noise = noise.to(device)
     timesteps = batch.timesteps.to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    encoder_hidden_states = stage.embed(batch.chosen)
-    predicted = stage.unet(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+    predicted = stage.unet(noisy_latents, timesteps, **stage.condition(batch.chosen)).sample.float()
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     losses: torch.Tensor = functional.mse_loss(predicted, target.float(), reduction="none").mean(dim=(1, 2, 3))
@@ -250,7 +277,7 @@ def _diverged(stage: Stage, step: int) -> Refusal:
     return Refusal(
         "diverged",
         f"The training diverged: the loss of step {stage.first + step + 1} ({stage.title}) is not a number.",
-        f"Write a smaller {section}.learning_rate than {stage.rate:g} into train.yaml, or precision: fp32.",
+        f"Write a smaller {section}.learning_rate than {stage.rate.value:g} into train.yaml, or precision: fp32.",
     )
 
 

@@ -230,7 +230,7 @@ class Echo:
         self.sample = torch.zeros(0)
         self.seen: list[tuple[int, ...]] = []
 
-    def __call__(self, noisy: torch.Tensor, _timesteps: Any, _hidden: Any) -> "Echo":
+    def __call__(self, noisy: torch.Tensor, _timesteps: Any) -> "Echo":
         self.seen.append(tuple(noisy.shape))
         self.sample = noisy / 4
         return self
@@ -239,7 +239,7 @@ class Echo:
 def material_of(frozen: dataset.Frozen, subjects: int, text: str) -> tuple[loop.Stage, loop.Material, Echo]:
     plan = make_plan(parse_spec(text), MINIATURE, [{"source": "a.png"}] * 3, "abcd1234", "fp32")
     echo = Echo()
-    stage = loop.Stage(2, "UNet", 0, 8, 1e-3, echo, {}, lambda chosen: torch.zeros(len(chosen), 1, 1))
+    stage = loop.Stage(2, "UNet", 0, 8, {}, echo, {}, lambda _chosen: {})
     return stage, loop.Material(plan, frozen, subjects, DDPMScheduler(), 0.18, "cpu"), echo
 
 
@@ -309,9 +309,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(session: Path, cache: Path, spec: str) -> JobResult:
+def train(session: Path, cache: Path, spec: str, **changes: Any) -> JobResult:
     context = JobContext(
-        1, "train", payload_of(session, spec), "cpu", cache, lambda *_: None, lambda: False, lambda: False
+        1, "train", payload_of(session, spec, **changes), "cpu", cache, lambda *_: None, lambda: False, lambda: False
     )
     return TrainHandler().run(context)
 
@@ -366,6 +366,30 @@ def test_buckets_change_nothing_for_squares(cache: Path, tmp_path: Path) -> None
         made.append({path.parent.name: files.sha256_of(path) for path in finished.rglob("*.safetensors")})
     assert len(made[0]) == 3
     assert made[0] == made[1]
+
+
+def test_what_sdxl_is_told_of_sizes() -> None:
+    """Heights before widths: the window's, no crop, the shape's; a miniature knows the shape alone."""
+    inputs = [
+        {"box": [350, 0, 1250, 900], "window": [50, 0, 1550, 900], "bucket": [1280, 768]},
+        {"box": [0, 100, 900, 1000]},
+    ]
+    sdxl = make_plan(parse_spec("buckets: true\n"), Base("sdxl", "sdxl", 1024, miniature=False), [], "s", "fp32")
+    assert dataset.sizes_told(inputs, sdxl).tolist() == [
+        [900, 1500, 0, 0, 768, 1280],
+        [900, 900, 0, 0, 1024, 1024],
+    ]
+    inputs[0]["bucket"] = [80, 48]
+    small = make_plan(parse_spec("buckets: true\n"), MINIATURE, [], "s", "fp32")
+    assert dataset.sizes_told(inputs, small).tolist() == [[48, 80, 0, 0, 48, 80], [64, 64, 0, 0, 64, 64]]
+
+
+def test_the_miniature_of_sdxl_trains_an_adapter_in_buckets(cache: Path, tmp_path: Path) -> None:
+    session = make_long_session(tmp_path / "Sessions" / "dog")
+    spec = "base: miniature-sdxl\nbuckets: true\nmethod: lora\nbatch_size: 1\nunet: {steps: 5}\nsample_every: 0\n"
+    facts = train(session, cache, spec, base="miniature-sdxl").facts
+    assert [bucket["size"] for bucket in facts["buckets"]] == [[56, 72], [64, 64], [80, 48]]
+    assert (Path(facts["finished"]) / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_a_plan_from_before_buckets() -> None:

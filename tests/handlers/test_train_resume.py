@@ -218,3 +218,18 @@ def test_renamed_while_it_trains_and_stopped(cache: Path, tmp_path: Path, undist
     heard = len(steps)
     assert TrainHandler().run(context).facts == result.facts
     assert len(steps) == heard
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora", pytest.param("dora", marks=pytest.mark.soak)])
+def test_methods_of_one_stage_end_the_same_when_killed(
+    method: str, server: ForkServerContext, cache: Path, tmp_path: Path
+) -> None:
+    spec = f"{SPEC}method: {method}\n"
+    whole = make_session(tmp_path / "a" / "Sessions" / "dog")
+    assert run_child(server, payload_of(whole, spec), cache, None) == list(range(1, 9))
+    killed = make_session(tmp_path / "b" / "Sessions" / "dog")
+    assert run_child(server, payload_of(killed, spec), cache, 5) == list(range(1, 6))
+    tear(killed / "checkpoints" / "step-4" / "unet.safetensors")
+    assert run_child(server, payload_of(killed, spec), cache, 7) == [3, 4, 5, 6, 7]
+    assert run_child(server, payload_of(killed, spec), cache, None) == [7, 8]
+    assert finished(killed) == finished(whole)

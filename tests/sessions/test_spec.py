@@ -114,8 +114,8 @@ def test_other_lines_at_fault_are_named_too() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "method: lora",
-        "base: sdxl",
+        "memory: 24GB",
+        "base: flux-dev",
         "ema: true",
         "save_every: 5",
         "continue: last",
