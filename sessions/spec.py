@@ -329,7 +329,6 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             f"base: {spec.base}",
             "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
         ),
-        (spec.buckets, ("buckets",), "buckets", "Leave it out: pictures are cut to squares around their subject."),
         (spec.optimizer not in ("auto", "adamw"), ("optimizer",), f"optimizer: {spec.optimizer}", "Use adamw or auto."),
         (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
         (spec.ema, ("ema",), "ema", "Leave it out."),

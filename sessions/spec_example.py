@@ -18,7 +18,7 @@ EXAMPLE = """\
 #method: auto           # dreambooth (two stages) | finetune (both together) | lora | dora; auto: lora for SDXL
 #resolution: auto       # pixels, like 512
 #crop: smart            # smart | centre | off: what the pictures are cut around; for single pictures see below
-#buckets: false
+#buckets: false         # true: wide and tall pictures train as such (up to 2:1) instead of as squares
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
 #lora: {rank: 16, alpha: 16}

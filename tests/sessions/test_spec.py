@@ -116,7 +116,6 @@ def test_other_lines_at_fault_are_named_too() -> None:
     [
         "memory: 24GB",
         "base: flux-dev",
-        "buckets: true",
         "ema: true",
         "save_every: 5",
         "vae: other",
