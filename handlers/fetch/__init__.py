@@ -38,7 +38,7 @@ def get(name: str, cache: Path, progress: Progress, target: Path | None = None) 
                 "Name the tree: --root FOLDER, or run it there.",
             )
         return download(name, target, cache / "downloads", progress)
-    entry = catalogue.ENTRIES.get(name.lower())
+    entry = catalogue.ENTRIES.get(catalogue.ALIASES.get(name.lower(), name.lower()))
     if entry is None:
         known = ", ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.origin != catalogue.BUILT_IN)
         raise Refusal("download", f"No model called {name!r} is known.", f"Known: {known}; or give an https address.")
@@ -49,6 +49,13 @@ def get(name: str, cache: Path, progress: Progress, target: Path | None = None) 
     here = registry.local_copy(entry, cache)
     if here is not None:
         return here
+    folder = cache / "models" / entry.name
+    if "://" in entry.origin:
+        from handlers.fetch.http import download
+
+        sha256 = entry.single[1] if entry.single else None
+        download(entry.origin, folder, cache / "downloads", progress, sha256=sha256, name=entry.index)
+        return folder
     from handlers.fetch.hub import fetch
 
-    return fetch(entry, cache / "models" / entry.name, progress)
+    return fetch(entry, folder, progress)

@@ -28,12 +28,12 @@ class Model:
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
         family: sd1, sd2, sdxl, flux or kosmos2; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder or
-            embedding.
+        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder,
+            embedding or segment.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
-        origin: a hub id, ``built-in`` or ``Models/``.
+        origin: a hub id, an https address, ``built-in`` or ``Models/``.
         present: whether it can be loaded now, without the network.
     """
 
@@ -128,10 +128,12 @@ def _known(entry: Entry, cache: Path) -> Model:
 
 
 def local_copy(entry: Entry, cache: Path) -> Path | None:
-    """The folder of a hub model: where ``fastsd models get`` puts it, else the Hugging Face cache, if complete."""
+    """The folder of a download: where ``fastsd models get`` puts it, else the Hugging Face cache, if complete."""
     ours = cache / "models" / entry.name
     if is_complete(ours, entry):
         return ours
+    if "://" in entry.origin:
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(entry.origin, entry.index)
