@@ -158,7 +158,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
         Refusal: ``wish``: a fixed box does not fit the picture.
     """
     subject, box = _window(decoded, request, finders)
-    warnings = [*decoded.warnings, *([subject.warning] if subject.warning else [])]
+    warnings = [*decoded.warnings, *filter(None, (subject.warning, subject.problem))]
     size = shrunk_to((box[2] - box[0], box[3] - box[1]), request.resolution)
     if min(size) < request.resolution:
         warnings.append(
@@ -166,7 +166,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
             "it is used as it is, and a larger version would train better."
         )
     write_picture(render(decoded, box, size), request.output)
-    return {
+    facts = {
         "sha256": source.sha256,
         "box": list(box),
         "picture": list(decoded.size),
@@ -175,6 +175,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
         "warnings": warnings,
         "health": health(decoded.image, decoded.size),
     }
+    return facts | ({"network_problem": subject.problem} if subject.problem else {})
 
 
 def _window(decoded: Decoded, request: CropRequest, finders: Finders) -> tuple[Subject, PixelBox]:

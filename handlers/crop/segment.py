@@ -190,8 +190,8 @@ def _told(file: NetworkFile, error: Exception) -> str:
     memory = isinstance(error, MemoryError) or getattr(error, "code", 0) == cv2.Error.StsNoMem
     if memory or "bad_alloc" in str(error):
         return (
-            f"{file.path.name} needs more than {file.memory >> 20} MiB of memory. Allow more (limits.segment_memory in "
-            f"fastsd.yaml), or take a smaller one: {segments.GET}"
+            f"{file.path.name} needs more than {file.memory // 1_000_000} MB of memory. Allow more "
+            f"(limits.segment_memory in fastsd.yaml), or take a smaller one: {segments.GET}"
         )
     return _problem(file, "OpenCV cannot run it")
 

@@ -31,12 +31,14 @@ class Subject:
     Attributes:
         finding: how it was found, the most trusted way first.
         boxes: where, largest first; empty for ``centre``.
-        warning: a sentence where a wish could not be met, or the network could not be asked; "" else.
+        warning: a sentence where a wish could not be met; "" else.
+        problem: why the salient-object network could not be asked, and what helps; "" where it was, or need not be.
     """
 
     finding: Finding
     boxes: tuple[Box, ...]
     warning: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,12 @@ def find_subject(image: Image.Image, finders: Finders, clues: Clues | None = Non
         if boxes:
             return Subject("grounded", tuple(boxes), warning)
     box, problem = _segmented(image, finders, excluded, clues)
-    warning = " ".join(filter(None, (warning, problem)))
     if box is not None:
         return Subject("segment", (box,), warning)
     box = salient_box(image, finders.foreground.of(image), excluded)
-    return Subject("saliency", (box,), warning) if box else Subject("centre", (), warning)
+    if box is not None:
+        return Subject("saliency", (box,), warning, problem)
+    return Subject("centre", (), warning, problem)
 
 
 def _segmented(image: Image.Image, finders: Finders, excluded: Sequence[Box], clues: Clues) -> tuple[Box | None, str]:
@@ -115,7 +118,7 @@ def _segmented(image: Image.Image, finders: Finders, excluded: Sequence[Box], cl
     try:
         return mask_box(finders.segments.mask(image, clues.network), image.size, excluded), ""
     except SegmentError as error:
-        return None, f"{error} (The subject was looked for by other means.)"
+        return None, f"{error}. The subject was looked for by other means."
 
 
 def _heads(image: Image.Image, finders: Finders, excluded: Sequence[Box], wish: Wish) -> list[Box]:

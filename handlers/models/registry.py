@@ -18,6 +18,7 @@ from sessions.refusal import Refusal
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
+_USUAL_RESOLUTION = 512
 GPU_FOR_SDXL = 12 * 1024**3
 
 
@@ -102,6 +103,23 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
     if own is None:
         raise _unknown(spoken, wanted, models_folder)
     return own
+
+
+def resolution_of(name: str, models_folder: Path | None, cache: Path) -> int:
+    """The side in pixels that a base draws at, be it here or not; 512 where nobody knows.
+
+    Args:
+        name: as train.yaml has it.
+        models_folder: the tree's ``Models/``; None where there is none.
+        cache: the folder of downloads.
+    """
+    try:
+        return check(name, "checkpoint", models_folder, cache).resolution or _USUAL_RESOLUTION
+    except MissingModel:
+        entry = catalogue.ENTRIES[_without_auto(name.strip(), _BASES).lower()]
+        return entry.resolution
+    except Refusal:
+        return _USUAL_RESOLUTION
 
 
 def _without_auto(name: str, wanted: frozenset[str]) -> str:

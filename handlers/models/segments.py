@@ -18,7 +18,7 @@ from handlers.models.headers import HeaderError
 from handlers.models.onnx_header import Tensor, read_header
 
 SUFFIX = ".onnx"
-MEMORY = 512 << 20
+MEMORY = 512_000_000
 """Bytes that a network may take in a worker, where nobody allows more: two of the three have room in it."""
 _STEMS = ("isnet-general-use", "u2net", "u2netp")
 _BIREFNET = "birefnet"
