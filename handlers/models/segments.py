@@ -104,7 +104,9 @@ def read_interface(file: Path) -> Interface:
 
 def _side(taken: Tensor, usual: int) -> int:
     """The side of the square that an input takes; the usual one where the file leaves it open."""
-    told = HeaderError(f"what it takes ({_told(taken)}) is no square picture of {_SMALLEST} to {_LARGEST} pixels")
+    told = HeaderError(
+        f"what it takes ({_told(taken)}) is no square colour picture of {_SMALLEST} to {_LARGEST} pixels"
+    )
     if not taken.is_float or len(taken.shape) != 4:
         raise told
     number, channels, height, width = taken.shape
