@@ -36,7 +36,7 @@ def red_network(
         convolution: attributes of its convolution, perhaps senseless ones.
     """
     weights = np.zeros((outputs, channels, 1, 1), np.float32)
-    weights[:, :3, 0, 0] = np.float32([steepness, -steepness, -steepness])[:channels]
+    weights[:, :3, 0, 0] = np.asarray([steepness, -steepness, -steepness], np.float32)[:channels]
     bias = np.full(outputs, -steepness, np.float32)
     result = "grey" if logits else "mask"
     nodes = [

@@ -226,6 +226,12 @@ def test_crop_prints_a_row_a_picture_and_goes_on_past_a_bad_one(
     assert set(bad) == {"source", "error", "reason"}
     assert "empty" in bad["reason"]
 
+    segment = ("crop", str(folder / "good.jpg"), "--out", str(out), "--size", "128", "--subject", "segment")
+    (row,) = rows(daemon.run(*segment, "--json").stdout)
+    assert row["subject"] == "saliency"
+    assert "fastsd models get segment" in row["warnings"][0]
+    assert "fastsd models get segment" in daemon.run(*segment).stdout
+
     absent = daemon.run("crop", str(folder / "none.jpg"), "--out", str(out), "--json")
     assert absent.returncode == 1
     assert "none.jpg" in rows(absent.stdout)[0]["reason"]

@@ -78,11 +78,11 @@ def crop(arguments: argparse.Namespace) -> int:
     def row(payload: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
         size = facts.get("written_size") or [None]
         picked = {"box": facts.get("box"), "subject": facts.get("subject"), "size": size[0]}
-        told = {"warnings": facts.get("warnings") or []}
+        told = {"warnings": facts["warnings"]} if facts.get("warnings") else {}
         return {"source": payload["source"], "output": payload["output"], **picked, **told}
 
     def line(found: Row) -> str:
-        return "\n  ".join((f"{found['output']}  ({found['subject']})", *found["warnings"]))
+        return "\n  ".join((f"{found['output']}  ({found['subject']})", *found.get("warnings", ())))
 
     return run_one_off("crop", payloads, out, arguments, row=row, line=line, workers=os.cpu_count() or 1)
 

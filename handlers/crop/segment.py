@@ -61,7 +61,7 @@ class SegmentFinder:
     """The network, loaded when it is first needed. One that fails is not tried again until its file changes."""
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
+        self._key: tuple[NetworkFile, int, int] | None = None
         self._network: _Network | None = None
         self._problem = ""
 
@@ -87,7 +87,7 @@ class SegmentFinder:
             found = file.path.stat()
             key = (file, found.st_size, found.st_mtime_ns)
         except OSError:
-            key = (file,)
+            key = (file, 0, 0)
         if key != self._key:
             self._key, self._network, self._problem = key, None, ""
             try:
@@ -137,7 +137,8 @@ class _Network:
         mask: Mask = found[0, 0].astype(np.float32)
         if mask.min() < -1e-3 or mask.max() > 1 + 1e-3:
             # BiRefNet gives logits.
-            mask = 1 / (1 + np.exp(-mask.clip(-50, 50)))
+            exponential: Mask = np.exp(-mask.clip(-50.0, 50.0))
+            mask = 1.0 / (1.0 + exponential)
         return mask.clip(0.0, 1.0)
 
 
