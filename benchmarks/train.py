@@ -99,7 +99,7 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
         distribution = vae.encode(parts.images.to(parts.device)).latent_dist
         ids = family.tokens(_Tokenizer(parts), parts.prompts)["text_encoder"]
         hidden = encoder(ids.to(parts.device))[0]
-    frozen = dataset.Frozen(distribution.mean.cpu(), distribution.std.cpu())
+    frozen = dataset.Frozen(distribution.mean.cpu().unbind(), distribution.std.cpu().unbind())
     unet = parts.fresh_unet().train()
     if parts.device != "cpu":
         unet.enable_gradient_checkpointing()

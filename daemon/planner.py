@@ -160,7 +160,7 @@ class Planner:
             return  # looking at so many takes a while, and all of them will be looked at again
         crops = crops_of(session, pictures.facts.get)
         complete = len(crops) >= len(pictures.facts) - pictures.refused
-        plan.hints += hints(session, pictures.facts, crops, complete=complete)
+        plan.hints += hints(session, pictures.facts, crops, self._resolution(session), complete=complete)
         request = None if pictures.crops or captions else sheet_request(session, crops)
         if request is None:
             return
@@ -214,6 +214,15 @@ class Planner:
             return
         models = self.root / layout.MODELS
         registry.check(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
+
+    def _resolution(self, session: Session) -> int:
+        """Pixels of a side at which a session trains, or would."""
+        rules = session.crop_rules
+        if rules.resolution:
+            return rules.resolution
+        models = self.root / layout.MODELS
+        name = rules.base if rules.base != "auto" else self.settings.base
+        return registry.resolution_of(name, models if models.is_dir() else None, self.cache)
 
     def _ready(self, session: Session, pictures: Pictures, spec: TrainSpec, plan: Plan) -> bool:
         closed = self.caption_gate()

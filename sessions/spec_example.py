@@ -47,9 +47,9 @@ EXAMPLE = """\
 #start: auto               # now: do not wait until all pictures have arrived
 
 ## What the crops shall show: write a file crop.txt into this folder, a wish a line. previews/crops.jpg shows them.
-##   subject: dog                    for every picture: a thing, or faces, or centre
+##   subject: dog                    for every picture: a thing, or faces, centre, segment (a network)
 ##   exclude: logo, sign             never these
 ##   IMG_1.jpg: 120 40 900 820       for one picture: left, top, right, bottom in pixels
 ##   IMG_2.jpg: 10% 5% 80% 90%       or in percent
-##   IMG_3.jpg: centre               or a thing, faces, centre
+##   IMG_3.jpg: centre               or a thing, faces, segment
 """
