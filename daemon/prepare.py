@@ -15,7 +15,7 @@ from typing import Any
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.routing import PictureRules, SpecRecord, wanted_parameters
-from daemon.runs import read_json, read_spec_record
+from daemon.runs import former_run, read_json, read_spec_record
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
 from handlers.context import Waiting
@@ -209,6 +209,7 @@ class Preparer:
             "name": spec.name or session.name,
             "spec": spec.to_json(),
             "base": base_name(spec, self.settings),
+            "continued": former_run(session, spec.continue_) if spec.continue_ else None,
             "pictures": training_pictures(session, self.index),
         }
 

@@ -44,8 +44,6 @@ def get(name: str, cache: Path, progress: Progress, target: Path | None = None) 
         known = ", ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.origin != catalogue.BUILT_IN)
         raise Refusal("download", f"No model called {name!r} is known.", f"Known: {known}; or give an https address.")
     if entry.origin == catalogue.BUILT_IN:
-        if entry.name not in miniature.NAMES:
-            raise Refusal("download", f"The model {entry.name} does not exist yet.", "Name another, such as miniature.")
         return miniature.ensure(entry.name, cache)
     if "://" in entry.origin:
         return _get_file(entry, cache, progress)

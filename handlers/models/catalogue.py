@@ -48,7 +48,7 @@ _FLUX = ("transformer", "vae", "text_encoder", "text_encoder_2")
 _TABLE = (
     Entry("miniature", "sd1", "diffusers", 64, "epsilon", BUILT_IN, 21_000_000),
     Entry("miniature-sd2", "sd2", "diffusers", 64, "v", BUILT_IN, 15_500_000),
-    Entry("miniature-sdxl", "sdxl", "diffusers", 64, "epsilon", BUILT_IN),
+    Entry("miniature-sdxl", "sdxl", "diffusers", 64, "epsilon", BUILT_IN, 15_200_000),
     Entry("miniature-captioner", "kosmos2", "captioner", 64, "", BUILT_IN, 5_600_000),
     Entry(
         "sd15",

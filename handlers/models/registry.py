@@ -173,8 +173,6 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _missing(entry: Entry) -> str:
-    if entry.origin == catalogue.BUILT_IN:
-        return f"The model {entry.name} is planned and does not exist yet. Name another, such as miniature."
     noun = "captioner" if entry.kind == "captioner" else "base"
     return f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
 

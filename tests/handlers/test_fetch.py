@@ -450,8 +450,6 @@ def test_unknown_names_and_addresses_outside_a_tree_are_refused(tmp_path: Path) 
         get("nonsense", tmp_path, quiet)
     with pytest.raises(Refusal, match="Models folder"):
         get("https://example.org/a.safetensors", tmp_path, quiet)
-    with pytest.raises(Refusal, match="does not exist yet"):
-        get("miniature-sdxl", tmp_path, quiet)
 
 
 @pytest.fixture
