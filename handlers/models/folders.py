@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 # Parts that hold no weights, and those that drawing does without.
 _WEIGHTLESS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"})
 _OPTIONAL = frozenset({"safety_checker", "image_encoder"})
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+INDEX = "model_index.json"
 
 
 @dataclass
@@ -32,7 +36,7 @@ class FolderContents:
 
 def folder_kind(folder: Path) -> str | None:
     """``diffusers`` for a Diffusers folder, ``captioner`` for a Kosmos-2 folder, else None."""
-    if (folder / "model_index.json").is_file():
+    if (folder / INDEX).is_file():
         return "diffusers"
     return "captioner" if _json(folder / "config.json").get("model_type") == "kosmos-2" else None
 
@@ -52,7 +56,9 @@ def read_folder(folder: Path) -> FolderContents:
 
 
 def _diffusers(folder: Path) -> FolderContents:
-    index = _json(folder / "model_index.json")
+    index = _json(folder / INDEX)
+    if not index:
+        return FolderContents(kind="diffusers", problems=["Its model_index.json is damaged or incomplete."])
     name = str(index.get("_class_name", ""))
     family = next((family for start, family in _FAMILIES.items() if name.startswith(start)), None)
     contents = FolderContents(kind="diffusers", family=family, safe=True)
@@ -66,15 +72,40 @@ def _diffusers(folder: Path) -> FolderContents:
     elif family:
         scheduler = _json(folder / "scheduler" / "scheduler_config.json")
         contents.prediction = _PREDICTIONS.get(str(scheduler.get("prediction_type", "epsilon")))
-    for part, loader in index.items():
-        if part.startswith("_") or not isinstance(loader, list) or loader[:1] == [None]:
-            continue
+    for part in parts_of(index):
         if not (folder / part).is_dir():
             if part not in _OPTIONAL:
                 contents.problems.append(f"Its {part} is missing.")
-        elif part not in _WEIGHTLESS:
+            continue
+        if problem := _lacks_config(folder / part):
+            contents.problems.append(problem)
+        if part not in _WEIGHTLESS:
             _weigh(folder / part, folder, contents)
     return contents
+
+
+def parts_of(index: Mapping[str, Any]) -> list[str]:
+    """The components that a model_index.json names: their folders. A name that is no plain folder's is none."""
+    named = (part for part, loader in index.items() if isinstance(loader, list) and loader[:1] != [None])
+    return [part for part in named if not part.startswith(("_", ".")) and "/" not in part]
+
+
+def read_parts(folder: Path) -> list[str]:
+    """``parts_of`` the model_index.json in a folder; none where it cannot be read."""
+    return parts_of(_json(folder / INDEX))
+
+
+def _lacks_config(part: Path) -> str | None:
+    """What is wrong with a component's configuration; None where it is there and can be read."""
+    if part.name.startswith("tokenizer"):
+        files = [*part.glob("*.json"), *part.glob("*.model")]
+        return None if files else f"Its {part.name} is empty."
+    if part.name in ("feature_extractor", "image_processor"):
+        return None
+    name = "scheduler_config.json" if part.name == "scheduler" else "config.json"
+    if not (part / name).is_file():
+        return f"Its {part.name}'s {name} is missing."
+    return None if _json(part / name) else f"Its {part.name}'s {name} is damaged or incomplete."
 
 
 def _weigh(part: Path, folder: Path, contents: FolderContents) -> None:
@@ -83,7 +114,9 @@ def _weigh(part: Path, folder: Path, contents: FolderContents) -> None:
     whose = "Its" if label == "." else f"Its {label}'s"
     problems, dtypes, safe = [], set(), True
     shards = _shards(part)
-    if not shards:
+    if any(_SHARD.search(shard.name) for shard in shards) and not list(part.glob("*.index*.json")):
+        problems.append(f"{whose} index of shards is missing.")
+    elif not shards:
         problems.append(f"{whose} weights are missing.")
     for shard in shards:
         try:
