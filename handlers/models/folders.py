@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from handlers.models import headers, pickles
+from handlers.models.probe import probe
 
 _FAMILIES = {"StableDiffusionXL": "sdxl", "Flux": "flux", "StableDiffusion": "sd1"}
 _VARIANTS = {"Inpaint": "inpainting", "InstructPix2Pix": "instruct-pix2pix", "Depth2Img": "depth"}
@@ -17,6 +19,13 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 # Parts that hold no weights, and those that drawing does without.
 _WEIGHTLESS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"})
 _OPTIONAL = frozenset({"safety_checker", "image_encoder"})
+_PARTS = {
+    "AutoencoderKL": "vae",
+    "ControlNet": "controlnet",
+    "FluxControlNet": "controlnet",
+    "CLIPTextModel": "text-encoder",
+    "T5EncoderModel": "text-encoder",
+}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 INDEX = "model_index.json"
 
@@ -32,13 +41,21 @@ class FolderContents:
     dtype: str | None = None
     safe: bool | None = None
     problems: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    layout: str | None = None
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers`` for a Diffusers folder, ``captioner`` for a Kosmos-2 folder, else None."""
+    """``diffusers``, ``captioner`` (Kosmos-2), ``lora`` (peft), or what a component's configuration says; else None."""
     if (folder / INDEX).is_file():
         return "diffusers"
-    return "captioner" if _json(folder / "config.json").get("model_type") == "kosmos-2" else None
+    if (folder / "adapter_config.json").is_file():
+        return "lora"
+    config = _json(folder / "config.json")
+    if config.get("model_type") == "kosmos-2":
+        return "captioner"
+    kind = str(config.get("_class_name") or next(iter(config.get("architectures") or ()), ""))
+    return next((known for start, known in _PARTS.items() if kind.startswith(start)), None)
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -52,7 +69,24 @@ def read_folder(folder: Path) -> FolderContents:
             if not (folder / "tokenizer.json").is_file() and not (folder / "sentencepiece.bpe.model").is_file():
                 contents.problems.append("It has no tokenizer.")
             return contents
+        case "lora" | "vae" | "controlnet" | "text-encoder" as kind:
+            return _part(folder, kind)
     return FolderContents(problems=["It is no Diffusers folder: it has no model_index.json."])
+
+
+def _part(folder: Path, kind: str) -> FolderContents:
+    """A component alone: what its tensors are says which family it is of."""
+    contents = FolderContents(kind=kind, safe=True, layout="peft" if kind == "lora" else "diffusers")
+    _weigh(folder, folder, contents)
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for shard in _shards(folder):
+        with suppress(OSError, headers.HeaderError):
+            shapes |= {name: entry.shape for name, entry in headers.read_header(shard).tensors.items()}
+    found = probe(shapes)
+    contents.family, contents.variant = found.family, found.variant
+    if kind == "vae" and int(_json(folder / "config.json").get("latent_channels") or 4) == 16:
+        contents.family = "flux"
+    return contents
 
 
 def _diffusers(folder: Path) -> FolderContents:
@@ -121,7 +155,9 @@ def _weigh(part: Path, folder: Path, contents: FolderContents) -> None:
     for shard in shards:
         try:
             if shard.suffix == ".safetensors":
-                dtypes.add(headers.dtype_of(headers.read_header(shard).tensors))
+                tensors = headers.read_header(shard).tensors
+                dtypes.add(headers.dtype_of(tensors))
+                contents.parameters = (contents.parameters or 0) + headers.parameters_of(tensors)
             else:
                 found = pickles.read_contents(shard)
                 safe = safe and not found.harmful
