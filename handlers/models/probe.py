@@ -43,18 +43,18 @@ def probe(shapes: Shapes) -> Probe:
 
 
 class Names:
-    """Questions about a set of names."""
+    """Questions about a set of names. As one text they are answered many times faster than name by name."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
+        self._text = "\n" + "\n".join(names)
 
     def starting(self, *prefixes: str) -> bool:
         """Whether any name starts with any of the prefixes."""
-        return any(name.startswith(prefixes) for name in self._names)
+        return any(f"\n{prefix}" in self._text for prefix in prefixes)
 
     def having(self, *parts: str) -> bool:
         """Whether any name contains any of the parts."""
-        return any(part in name for name in self._names for part in parts)
+        return any(part in self._text for part in parts)
 
 
 def _captioner(_shapes: Shapes, names: Names) -> Probe | None:
