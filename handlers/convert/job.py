@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert.ask import DTYPES, Converted, Verify, Weights
 from handlers.convert.folder import convert_single
+from handlers.convert.preview import read_picture, thumbnail_of, write_preview
 from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
 from sessions import files
@@ -57,18 +58,22 @@ class ConvertHandler:
                 progress=progress,
             )
             return JobResult(facts=_facts(made, None, payload), outputs=[output])
+        picture = read_picture(payload.get("preview"))
+        metadata = dict(payload.get("metadata") or {})
         made = convert(
             source,
             output,
             dtype=payload.get("dtype"),
-            metadata=payload.get("metadata") or {},
+            metadata=metadata if picture is None else {**metadata, "thumbnail": thumbnail_of(picture)},
             verify=verify,
             vae=_vae_of(payload.get("vae")),
             device=context.device,
             progress=progress,
         )
         digest = files.sha256_of(output)
-        outputs = [output, *made.beside, *_write_preview(payload.get("preview"), output)]
+        outputs = [output, *made.beside]
+        if picture is not None:
+            outputs.append(write_preview(picture, output))
         sidecar = output.with_suffix(".json")
         files.write_json(sidecar, _summary(made, digest, payload))
         return JobResult(facts=_facts(made, digest, payload), outputs=[*outputs, sidecar])
@@ -126,26 +131,6 @@ def _summary(made: Converted, digest: str, payload: Mapping[str, Any]) -> dict[s
         "run": payload.get("run"),
         "metadata": dict(payload.get("metadata") or {}),
     }
-
-
-def _write_preview(picture: str | None, output: Path) -> list[Path]:
-    """The preview beside the model, as PNG; a picture that cannot be read is no reason to lose the model."""
-    if not picture:
-        return []
-    from io import BytesIO
-
-    from PIL import Image
-
-    preview = output.with_name(f"{output.stem}.preview.png")
-    try:
-        with Image.open(picture) as image:
-            image.thumbnail((1024, 1024))
-            content = BytesIO()
-            image.convert("RGB").save(content, "PNG")
-    except (OSError, ValueError):
-        return []
-    files.write_bytes(preview, content.getvalue())
-    return [preview]
 
 
 __all__ = ["DTYPES", "ConvertHandler", "Converted", "Unproven", "Verify", "convert", "convert_single"]
