@@ -20,7 +20,7 @@ from typing import Any, Literal
 from handlers.convert.header import read_header
 from handlers.convert.lora_names import LORA_FAMILIES, Module, from_diffusers, from_kohya, to_diffusers, to_kohya
 from handlers.convert.pieces import exactly
-from handlers.convert.plan import Entry, Located, Piece
+from handlers.convert.plan import Entry, Located, whole
 from handlers.models.probe import Probe, probe
 from sessions.refusal import Refusal
 
@@ -232,11 +232,11 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
             what = f"{lora.path.name} has {pair.module.part}.{pair.module.path}, which {known} has not."
             raise Refusal("source", what, "Is it a LoRA of another family?")
         entries += _entries(name, pair, "lora_down", "lora_up")
-        entries.append(_scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
+        entries.append(scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
     return entries
 
 
-def _scalar(name: str, dtype: str, value: float) -> Entry:
+def scalar(name: str, dtype: str, value: float) -> Entry:
     """A tensor of one value; in the type of its pair where that holds it exactly, as kohya has it."""
 
     def held(wanted: str) -> bytes:
@@ -253,9 +253,7 @@ def _scalar(name: str, dtype: str, value: float) -> Entry:
 
 def _entries(name: str, pair: Pair, down: str, up: str) -> Iterable[Entry]:
     for half, located in ((down, pair.down), (up, pair.up)):
-        tensor = located.tensor
-        piece = Piece(located.file, tensor.dtype, tensor.begin, tensor.length)
-        yield Entry(f"{name}.{half}.weight", tensor.dtype, tensor.shape, (piece,))
+        yield whole(f"{name}.{half}.weight", located)
 
 
 def adapter_metadata(pairs: Sequence[Pair]) -> str:
