@@ -71,7 +71,7 @@ def former_run(session: Session, wanted: str) -> dict[str, str]:
     made = [
         {"run": str(record["run"]), "model": str(record["outputs"][0])}
         for record in session.manifest.of_kind("convert")
-        if record.get("run") and record.get("outputs")
+        if record.get("run") and record.get("outputs") and not record.get("source")  # not another trainer's
     ]
     here = [each for each in made if (session.folder / each["model"]).is_file()]
     found = here if wanted == "last" else [each for each in here if wanted in _names(each)]

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert.ask import DTYPES, Converted, Verify, Weights
 from handlers.convert.folder import convert_single
-from handlers.convert.single import convert
+from handlers.convert.preview import read_picture, thumbnail_of, write_preview
+from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
 from sessions import files
 from sessions.refusal import Refusal
@@ -23,8 +24,9 @@ class ConvertHandler:
 
         Payload: ``source`` (a Diffusers folder, or one file), ``output`` (one file, or the folder to make), ``dtype``
         (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
-        beside the model), ``run``, ``vae`` (another one to put in, or ``none``); of a file also ``like`` (a Diffusers
-        folder of the same shape) and ``weights``.
+        beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
+        of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
+        (a Diffusers folder of the same shape) and ``weights``.
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -32,6 +34,8 @@ class ConvertHandler:
         """
         payload = context.payload
         source, output = Path(payload["source"]), Path(payload["output"])
+        if (known := payload.get("known")) and is_converted(source, Path(known["outputs"][0])):
+            return JobResult(facts=dict(known["facts"]), outputs=[Path(output) for output in known["outputs"]])
         files.sweep_temporaries(output.parent)
 
         def progress(done: int, total: int, note: str) -> None:
@@ -54,18 +58,22 @@ class ConvertHandler:
                 progress=progress,
             )
             return JobResult(facts=_facts(made, None, payload), outputs=[output])
+        picture = read_picture(payload.get("preview"))
+        metadata = dict(payload.get("metadata") or {})
         made = convert(
             source,
             output,
             dtype=payload.get("dtype"),
-            metadata=payload.get("metadata") or {},
+            metadata=metadata if picture is None else {**metadata, "thumbnail": thumbnail_of(picture)},
             verify=verify,
             vae=_vae_of(payload.get("vae")),
             device=context.device,
             progress=progress,
         )
         digest = files.sha256_of(output)
-        outputs = [output, *made.beside, *_write_preview(payload.get("preview"), output)]
+        outputs = [output, *made.beside]
+        if picture is not None:
+            outputs.append(write_preview(picture, output))
         sidecar = output.with_suffix(".json")
         files.write_json(sidecar, _summary(made, digest, payload))
         return JobResult(facts=_facts(made, digest, payload), outputs=[*outputs, sidecar])
@@ -123,26 +131,6 @@ def _summary(made: Converted, digest: str, payload: Mapping[str, Any]) -> dict[s
         "run": payload.get("run"),
         "metadata": dict(payload.get("metadata") or {}),
     }
-
-
-def _write_preview(picture: str | None, output: Path) -> list[Path]:
-    """The preview beside the model, as PNG; a picture that cannot be read is no reason to lose the model."""
-    if not picture:
-        return []
-    from io import BytesIO
-
-    from PIL import Image
-
-    preview = output.with_name(f"{output.stem}.preview.png")
-    try:
-        with Image.open(picture) as image:
-            image.thumbnail((1024, 1024))
-            content = BytesIO()
-            image.convert("RGB").save(content, "PNG")
-    except (OSError, ValueError):
-        return []
-    files.write_bytes(preview, content.getvalue())
-    return [preview]
 
 
 __all__ = ["DTYPES", "ConvertHandler", "Converted", "Unproven", "Verify", "convert", "convert_single"]
