@@ -76,6 +76,7 @@ def write_adapters(
 
     def write(temporary: Path) -> None:
         pipeline.save_lora_weights(temporary, safe_serialization=True, **parts)
+        _order_header(temporary / ADAPTER_FILE)
         files.write_json(temporary / "adapter.json", {**facts, "family": plan.family, "parts": sorted(adapters)})
 
     return _publish(place, run, write)
@@ -102,6 +103,20 @@ def _publish(place: Place, run: str, fill: Callable[[Path], None]) -> Path:
         return final
 
     return place.write(write)
+
+
+def _order_header(file: Path) -> None:
+    """Put a safetensors header into one order: its writer's changes from process to process.
+
+    The same header in another order has the same length; what is left over is filled with spaces, as the format allows.
+    """
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            opened.seek(8)
+            opened.write(ordered.ljust(length))
 
 
 def _forget_paths(folder: Path) -> None:

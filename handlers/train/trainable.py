@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 # Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so
 # that the file is one that every WebUI reads.
@@ -77,8 +77,17 @@ class Adapter:
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load such tensors."""
-        set_peft_model_state_dict(self.module, dict(tensors), adapter_name="default")
+        """Copy such tensors into the adapter.
+
+        Copied, not put in their place as peft does: a view of a file is aligned otherwise than memory of its own, and
+        sums of another alignment end in other bits.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        with torch.no_grad():
+            for key, value in self.tensors().items():
+                value.copy_(tensors[key])
 
 
 def adapted(module: Any, layers: tuple[str, ...], *, rank: int, alpha: float, dora: bool, seed: int) -> Adapter:
