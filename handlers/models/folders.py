@@ -15,6 +15,7 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 # Parts that hold no weights, and those that drawing does without.
 _WEIGHTLESS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"})
 _OPTIONAL = frozenset({"safety_checker", "image_encoder"})
+_TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.json")
 
 
 @dataclass
@@ -31,10 +32,11 @@ class FolderContents:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers`` for a Diffusers folder, ``captioner`` for a Kosmos-2 folder, else None."""
+    """``diffusers`` for a Diffusers folder, ``captioner`` for Kosmos-2's, ``search`` for CLIP's and SigLIP's, else None."""
     if (folder / "model_index.json").is_file():
         return "diffusers"
-    return "captioner" if _json(folder / "config.json").get("model_type") == "kosmos-2" else None
+    kinds = {"kosmos-2": "captioner", "clip": "search", "siglip": "search"}
+    return kinds.get(str(_json(folder / "config.json").get("model_type")))
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -42,10 +44,11 @@ def read_folder(folder: Path) -> FolderContents:
     match folder_kind(folder):
         case "diffusers":
             return _diffusers(folder)
-        case "captioner":
-            contents = FolderContents(kind="captioner", family="kosmos2", safe=True)
+        case "captioner" | "search" as kind:
+            family = str(_json(folder / "config.json")["model_type"])
+            contents = FolderContents(kind=kind, family="kosmos2" if kind == "captioner" else family, safe=True)
             _weigh(folder, folder, contents)
-            if not (folder / "tokenizer.json").is_file() and not (folder / "sentencepiece.bpe.model").is_file():
+            if not any((folder / name).is_file() for name in _TOKENIZERS):
                 contents.problems.append("It has no tokenizer.")
             return contents
     return FolderContents(problems=["It is no Diffusers folder: it has no model_index.json."])

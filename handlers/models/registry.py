@@ -19,6 +19,7 @@ from sessions.refusal import Refusal
 SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
 GPU_FOR_SDXL = 12 * 1024**3
+_NOUNS = {"captioner": "captioner", "search": "search model"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Model:
 
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
-        family: sd1, sd2, sdxl, flux or kosmos2; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder or
-            embedding.
+        family: sd1, sd2, sdxl, flux, kosmos2, clip or siglip; "" where it cannot be told.
+        kind: checkpoint (one file), diffusers (a folder), captioner, search, lora, vae, controlnet, adapter,
+            text-encoder or embedding.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
@@ -79,7 +80,7 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 
     Args:
         name: a registered name, ``auto``, or a name, file or folder under ``models_folder`` (with or without suffix).
-        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder) or ``captioner``.
+        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner`` or ``search``.
         models_folder: the tree's ``Models/``; None where there is none.
         cache: the folder of downloads and built miniatures.
 
@@ -107,6 +108,8 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 def _without_auto(name: str, wanted: frozenset[str]) -> str:
     if "captioner" in wanted:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
+    if "search" in wanted:
+        return {"auto": "siglip2-base", "miniature": "miniature-search"}.get(name.lower(), name)
     return auto_base(0) if name.lower() == "auto" else name
 
 
@@ -155,7 +158,7 @@ def _has_weights(folder: Path) -> bool:
 def _missing(entry: Entry) -> str:
     if entry.origin == catalogue.BUILT_IN:
         return f"The model {entry.name} is planned and does not exist yet. Name another, such as miniature."
-    noun = "captioner" if entry.kind == "captioner" else "base"
+    noun = _NOUNS.get(entry.kind, "base")
     return f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
 
 
@@ -233,7 +236,7 @@ def _inside(path: Path, top: str) -> bool:
 
 def _unknown(name: str, wanted: frozenset[str], models_folder: Path | None) -> Refusal:
     names = [entry.name for entry in catalogue.ENTRIES.values() if entry.kind in wanted]
-    noun = "captioner" if "captioner" in wanted else "base"
+    noun = next((noun for kind, noun in _NOUNS.items() if kind in wanted), "base")
     where = " or under Models/" if models_folder else ""
     return Refusal("model", f"No {noun} called {name!r} is known{where}.", f"Known: {', '.join(names)}.")
 
