@@ -32,7 +32,7 @@ class FolderContents:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers`` for a Diffusers folder, ``captioner`` for Kosmos-2's, ``search`` for CLIP's and SigLIP's, else None."""
+    """``diffusers`` for a Diffusers folder, ``captioner`` for Kosmos-2's, ``search`` for CLIP's and SigLIP's."""
     if (folder / "model_index.json").is_file():
         return "diffusers"
     kinds = {"kosmos-2": "captioner", "clip": "search", "siglip": "search"}

@@ -101,7 +101,7 @@ class SearchHandler:
 
 
 class _Warm:
-    """The model of a worker, loaded when it is first needed: a tree that did not change needs it for the words alone."""
+    """The model of a worker, loaded when it is first needed: for a tree that did not change, only for words."""
 
     def __init__(self) -> None:
         self._loaded: tuple[Path, str, Embedder] | None = None

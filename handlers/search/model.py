@@ -50,9 +50,7 @@ class Embedder:
         transformers_logging.set_verbosity_error()
         try:
             family = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if family not in FAMILIES:
-                message = f"it is a {family} model, and search needs one of: {', '.join(FAMILIES)}"
-                raise ValueError(message)
+            _require_known(family)
             model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval().to(device)
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -95,3 +93,9 @@ class Embedder:
         pooled = found if isinstance(found, torch.Tensor) else found.pooler_output
         vectors: Vectors = functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors
+
+
+def _require_known(family: str) -> None:
+    if family not in FAMILIES:
+        message = f"it is a {family} model, and search needs one of: {', '.join(FAMILIES)}"
+        raise ValueError(message)

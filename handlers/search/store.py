@@ -22,7 +22,9 @@ _WASTE = 1000
 """Vectors of contents that are nowhere in the tree any more are kept up to so many, or up to as many as are in use:
 a picture that was away for a moment need not be looked at again."""
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS about (one INTEGER PRIMARY KEY CHECK (one = 1), model TEXT, width INTEGER, generation INTEGER);
+CREATE TABLE IF NOT EXISTS about (
+    one INTEGER PRIMARY KEY CHECK (one = 1), model TEXT, width INTEGER, generation INTEGER
+);
 CREATE TABLE IF NOT EXISTS content (sha256 TEXT PRIMARY KEY, row INTEGER UNIQUE) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS picture (
     path BLOB PRIMARY KEY, scope BLOB NOT NULL, size INTEGER, mtime_ns INTEGER, sha256 TEXT NOT NULL
@@ -84,8 +86,8 @@ class Store:
         with self._writing():
             found = self._connection.execute("SELECT model, width, generation FROM about").fetchone()
             if found is None or found[:2] != (model, width):
-                for table in ("content", "picture", "scope", "twin", "about"):
-                    self._connection.execute(f"DELETE FROM {table}")
+                for emptied in ("content", "picture", "scope", "twin", "about"):
+                    self._connection.execute(f"DELETE FROM {emptied}")  # noqa: S608 - a name of ours
                 generation = 1 if found is None else found[2] + 1
                 self._connection.execute("INSERT INTO about VALUES (1, ?, ?, ?)", (model, width, generation))
             if not self._vectors.is_file():  # it was deleted, and the database was not
@@ -211,13 +213,14 @@ class Store:
 
     def _compact(self) -> None:
         """Throw vectors away that nobody needs, once they are many: the rest moves into a new file."""
-        used = "sha256 IN (SELECT sha256 FROM picture)"
         with self._writing():
-            total, kept = self._connection.execute(f"SELECT count(*), coalesce(sum({used}), 0) FROM content").fetchone()
+            total, kept = self._connection.execute(
+                "SELECT count(*), coalesce(sum(sha256 IN (SELECT sha256 FROM picture)), 0) FROM content"
+            ).fetchone()
             if total - kept <= max(_WASTE, kept):
                 return
             before = self._vectors
-            self._connection.execute(f"DELETE FROM content WHERE NOT {used}")
+            self._connection.execute("DELETE FROM content WHERE sha256 NOT IN (SELECT sha256 FROM picture)")
             rows = self._connection.execute(
                 "SELECT sha256, row FROM content WHERE row IS NOT NULL ORDER BY row"
             ).fetchall()

@@ -28,11 +28,8 @@ def pictures_of(root: Path, ignore: Iterable[str] = ()) -> list[Picture]:
     for parent, folders, names in os.walk(root):
         here = Path(parent).relative_to(root).as_posix()
         prefix = "" if here == "." else f"{here}/"
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not rules.ignores_folder(prefix + name) and not layout.is_own_folder(prefix + name)
-        )
+        ours = {name for name in folders if layout.is_own_folder(prefix + name)}
+        folders[:] = sorted(name for name in folders if name not in ours and not rules.ignores_folder(prefix + name))
         names = [name for name in sorted(names) if not rules.ignores_file(prefix + name)]
         if not prefix:
             top_folders, top_files = list(folders), names

@@ -1,6 +1,6 @@
 """The miniature of CLIP: its classes, processor and file layout at tiny widths, for 64 px pictures.
 
-Its tokenizer is the drawing miniature's. Like CLIP's own processor it looks at the middle of a picture that is no square.
+Its tokenizer is the drawing miniature's. Like CLIP's own, its processor looks at the middle of what is no square.
 """
 
 from __future__ import annotations
