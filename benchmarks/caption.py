@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
+import itertools
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -96,45 +97,51 @@ def written(captioner: Captioner, pictures: int, tokens: int) -> tuple[float, fl
     return (time.process_time() - cpu) / pictures, (time.perf_counter() - wall) / pictures
 
 
+def peak_gigabytes(device: str) -> float:
+    """Of this process with all its models; on a GPU, of what was just measured with them."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return float(torch.cuda.max_memory_allocated()) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure captioning at Kosmos-2's real size, with random weights.")
     parser.add_argument("--tokens", type=int, default=32, help="to write about each picture")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--precisions", nargs="+", default=["int8"], choices=("int8", "bf16", "fp16", "fp32"))
+    parser.add_argument("--rounds", type=int, default=3, help="of all in turn; the medians are shown")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     tools = processor()
-    rows: list[dict[str, Any]] = []
-
-    def measure(model: Any, precision: str, batch: int) -> None:
-        captioner = Captioner(model, tools, "fp32")
-        cpu, wall = written(captioner, batch, options.tokens)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        if options.device != "cpu":
-            peak = torch.cuda.max_memory_allocated() / 1e9
-        row = {"precision": precision, "batch": batch, "cpu_seconds": round(cpu, 2), "seconds": round(wall, 2)}
-        rows.append(row | {"peak_gb": round(peak, 2)})
-        print(json.dumps(rows[-1]), flush=True)
-
-    model = real_size(torch.float32).to(options.device)
-    measure(model, "fp32", 1)
-    if "fp32" in options.precisions:
-        for batch in options.batches:
-            measure(model, "fp32", batch)
-    if "int8" in options.precisions and options.device == "cpu":
-        model = quantized(model)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    models = {"fp32": real_size(torch.float32).to(options.device)}
+    for precision in options.precisions:
+        if precision == "int8":
+            models["int8"] = quantized(real_size(torch.float32))
+        elif precision not in models:
+            models[precision] = real_size(dtypes[precision]).to(options.device)
         gc.collect()
-        for batch in options.batches:
-            measure(model, "int8", batch)
-    del model
-    gc.collect()
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if precision in options.precisions:
-            model = real_size(dtype).to(options.device)
-            for batch in (1, *options.batches):
-                measure(model, precision, batch)
-            del model
-            gc.collect()
+    plan = [("fp32", 1), *itertools.product(options.precisions, options.batches)]
+    measured: dict[tuple[str, int], list[tuple[float, float]]] = {each: [] for each in plan}
+    peaks: dict[tuple[str, int], float] = {}
+    for turn in range(options.rounds):
+        for precision, batch in plan:
+            if options.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+            took = written(Captioner(models[precision], tools, "fp32"), batch, options.tokens)
+            measured[precision, batch].append(took)
+            peaks[precision, batch] = peak_gigabytes(options.device)
+            print(f"round {turn + 1}: {precision} × {batch}: {took[0]:.2f} CPU-s a picture", flush=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "precision": precision,
+            "batch": batch,
+            "cpu_seconds": median(cpu for cpu, _ in taken),
+            "seconds": median(wall for _, wall in taken),
+            "peak_gb": peaks[precision, batch],
+        }
+        for (precision, batch), taken in measured.items()
+    ]
     base = rows[0]
     print(f"\n{'precision':<10}{'batch':>6}{'CPU-s/picture':>15}{'s/picture':>11}{'times':>8}{'peak GB':>9}")
     for row in rows:

@@ -54,7 +54,8 @@ class Schedule:
         give_memory_back()
 
     async def _try_blocked(self) -> None:
-        """No event tells that a folder's permissions were mended."""
+        """No event tells that a folder's permissions were mended, or what came into the cache."""
+        self._daemon.look_for_networks()
         for path in list(self._daemon.sessions.unwritable):
             self._daemon.reporter.outcome(path)
         for path in list(self._daemon.tree.unreadable):

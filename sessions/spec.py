@@ -28,12 +28,13 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 RESOLUTIONS: dict[str, tuple[int, int]] = {
     "miniature": (64, 128),
     "miniature-sd2": (64, 128),
+    "miniature-sdxl": (64, 128),
     "sd15": (256, 768),
     "sd21": (256, 768),
     "sd21-768": (512, 1024),
     "sdxl": (512, 1536),
 }
-_LATER_BASES = ("sd21", "sd21-768", "sdxl", "flux-dev", "flux-schnell", "miniature-sdxl")
+_LATER_BASES = ("flux-dev", "flux-schnell")
 
 
 def _steps(value: object) -> object:
@@ -106,7 +107,10 @@ class TrainSpec(_Section):
     """
 
     base: str = Field(
-        "auto", min_length=1, max_length=255, description="auto, miniature, sd15, or a name under Models/"
+        "auto",
+        min_length=1,
+        max_length=255,
+        description="auto, miniature, sd15, sd21, sd21-768, sdxl, or a name under Models/",
     )
     method: Auto | Literal["dreambooth", "finetune", "lora", "dora"] = Field(
         "auto", description="auto, dreambooth, finetune, lora or dora"
@@ -293,6 +297,20 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             f"Write a resolution from {smallest} to {largest}, or auto.",
             lines.of("resolution"),
         )
+    if spec.method not in ("auto", "dreambooth") and spec.unet.steps == 0:
+        raise Refusal(
+            "spec",
+            f"method: {spec.method} trains the UNet, and unet.steps is 0.",
+            "Give it steps, leave them out, or use dreambooth to train the text encoder alone.",
+            lines.of("unet", "steps"),
+        )
+    if spec.continue_ is not None and spec.base != "auto":
+        raise Refusal(
+            "spec",
+            f"continue: {spec.continue_} starts from a model of this session, and base: {spec.base} from another.",
+            "Leave one of them out.",
+            lines.of("base"),
+        )
     if spec.text_encoder.steps == 0 and spec.unet.steps == 0:
         raise Refusal(
             "spec",
@@ -309,16 +327,13 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             spec.base in _LATER_BASES,
             ("base",),
             f"base: {spec.base}",
-            "Use miniature, sd15 or an SD 1 model under Models/.",
+            "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
         ),
-        (spec.method not in ("auto", "dreambooth"), ("method",), f"method: {spec.method}", "Use dreambooth or auto."),
-        (spec.buckets, ("buckets",), "buckets", "Leave it out: pictures are cut to squares around their subject."),
         (spec.optimizer not in ("auto", "adamw"), ("optimizer",), f"optimizer: {spec.optimizer}", "Use adamw or auto."),
         (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
         (spec.ema, ("ema",), "ema", "Leave it out."),
         (spec.vae != "auto", ("vae",), "another VAE", "Use auto: the base's own."),
         (spec.save_every > 0, ("save_every",), "intermediate models", "Leave save_every out."),
-        (spec.continue_ is not None, ("continue",), "training on from a finished run", "Leave continue out."),
     ]
     for asked, key, name, advice in later:
         if asked:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
@@ -38,11 +39,30 @@ class Amount:
         return min(self.most, max(self.least, round(self.per_image * pictures)))
 
 
-# (class of base, method, concept; None: any) → (text encoder, UNet). The first row that fits counts.
+# (class of base, method, concept; None: any) → (text encoder, UNet). LoRA and DoRA are adapters. The first row that
+# fits counts.
+_ANCESTOR = Amount(150, 750, 3000, 2e-6)
+_ANCESTOR_TEXT = Amount(35, 200, 450, 1e-6)
+_NO_TEXT = Amount(0, 0, 0, 1e-6)
+_ADAPTER = Amount(150, 750, 3000, 1e-4)
+_ADAPTER_NO_TEXT = Amount(0, 0, 0, 1e-4)
+_MINIATURE = Amount(76, 250, 600, 1e-3)
+_MINIATURE_ADAPTER = Amount(76, 250, 600, 5e-3)
 _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
-    ("miniature", "dreambooth", None, Amount(16, 40, 100, 5e-4), Amount(76, 250, 600, 1e-3)),
-    ("sd1", "dreambooth", None, Amount(35, 200, 450, 1e-6), Amount(150, 750, 3000, 2e-6)),
+    ("miniature", "dreambooth", None, Amount(16, 40, 100, 5e-4), _MINIATURE),
+    ("miniature", "finetune", None, Amount(76, 250, 600, 5e-4), _MINIATURE),
+    ("miniature", "adapter", None, Amount(76, 250, 600, 2e-3), _MINIATURE_ADAPTER),
+    ("sd1", "dreambooth", None, _ANCESTOR_TEXT, _ANCESTOR),
+    ("sd1", "finetune", None, _ANCESTOR_TEXT, _ANCESTOR),
+    ("sd1", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
+    ("sd2", "dreambooth", None, _ANCESTOR_TEXT, _ANCESTOR),
+    ("sd2", "finetune", None, _ANCESTOR_TEXT, _ANCESTOR),
+    ("sd2", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
+    ("sdxl", "dreambooth", None, _NO_TEXT, _ANCESTOR),
+    ("sdxl", "finetune", None, _NO_TEXT, _ANCESTOR),
+    ("sdxl", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
 )
+ADAPTERS = ("lora", "dora")
 # Pictures a step. A miniature's step of 6 costs little more than one of 1, and its lessons are short.
 _BATCH_SIZE = {"miniature": 6}
 # γ of min-SNR where train.yaml names none. Uniform weights spend a miniature's short lesson on the last traces of
@@ -54,6 +74,8 @@ GUIDANCE = 7.5
 # from 95 to 78 % with 7.5, and stayed with 3.
 MINIATURE_GUIDANCE = 3.0
 _OFFSET_NOISE = {"style": 0.1}
+# Pixels of a side that a family can be trained at; a base known by name has its own bounds in the spec.
+_SIDES = {"sd1": RESOLUTIONS["sd15"], "sd2": (256, 1024), "sdxl": RESOLUTIONS["sdxl"]}
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,8 @@ class Plan:
         sample_every: steps of stage 2 between samples; 0 for none at all.
         prior_images, prior_weight: class pictures that train along, and what their loss counts; 0 for none.
         miniature: whether the base is a built-in miniature.
+        buckets: whether pictures keep about the aspect that they have.
+        lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
     """
 
     base: str
@@ -121,6 +145,24 @@ class Plan:
     prior_images: int = 0
     prior_weight: float = 1.0
     miniature: bool = False
+    buckets: bool = False
+    lora_rank: int = 16
+    lora_alpha: float = 16
+
+    @property
+    def bucket_shapes(self) -> tuple[Shape, ...]:
+        """The buckets of its resolution, (width, height)."""
+        return bucket_shapes(self.resolution, MINIATURE_SIDE_STEP if self.miniature else SIDE_STEP)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained, and the base stays as it is."""
+        return self.method in ADAPTERS
+
+    @property
+    def is_one_stage(self) -> bool:
+        """Whether UNet and text encoders are trained together, if at all."""
+        return self.method != "dreambooth"
 
     @property
     def guidance(self) -> float:
@@ -134,8 +176,8 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Steps of both stages."""
-        return self.text_encoder_steps + self.unet_steps
+        """Steps of all stages."""
+        return self.unet_steps if self.is_one_stage else self.text_encoder_steps + self.unet_steps
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -163,7 +205,7 @@ def make_plan(
     Raises:
         Refusal: code ``spec``: a combination that the base cannot do.
     """
-    method = "dreambooth" if spec.method == "auto" else spec.method
+    method = _method(base) if spec.method == "auto" else spec.method
     concept = _concept(pictures) if spec.concept == "auto" else spec.concept
     text_encoder, unet = _amounts(base, method, concept)
     resolution = base.resolution if spec.resolution == "auto" else spec.resolution
@@ -201,16 +243,23 @@ def make_plan(
         prior_images=spec.prior.images if spec.prior.weight else 0,
         prior_weight=spec.prior.weight,
         miniature=base.miniature,
+        buckets=spec.buckets,
+        lora_rank=spec.lora.rank,
+        lora_alpha=spec.lora.alpha,
     )
+
+
+def _method(base: Base) -> str:
+    """All of SDXL takes 40 GB to train; an adapter takes 12."""
+    return "lora" if base.size_class == "sdxl" else "dreambooth"
 
 
 def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:
+    method = "adapter" if method in ADAPTERS else method
     for size_class, its_method, its_concept, text_encoder, unet in _TABLE:
         if (size_class, its_method) == (base.size_class, method) and its_concept in (None, concept):
             return text_encoder, unet
-    raise Refusal(
-        "spec", f"{method} on {base.name} comes with a later version of fastsd.", "Use dreambooth on an SD 1 base."
-    )
+    raise Refusal("spec", f"{method} on {base.name} comes with a later version of fastsd.", "Use dreambooth.")
 
 
 def _rate(written: float | str, amount: Amount) -> float:
@@ -218,7 +267,7 @@ def _rate(written: float | str, amount: Amount) -> float:
 
 
 def _check_resolution(base: Base, resolution: int) -> None:
-    smallest, largest = RESOLUTIONS["miniature" if base.miniature else "sd15"]
+    smallest, largest = RESOLUTIONS["miniature"] if base.miniature else _SIDES.get(base.family, RESOLUTIONS["sd15"])
     if not smallest <= resolution <= largest:
         raise Refusal(
             "spec",

@@ -1,28 +1,41 @@
-"""The base of a training: a Diffusers folder or one file, loaded in float32, never from the network."""
+"""The base of a training: a Diffusers folder, loaded in float32, never from the network; one file becomes one first."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from handlers.context import Waiting
-from handlers.convert import sd1
+from handlers.convert import families as converted
+from handlers.convert.folder import convert_single
 from handlers.convert.header import read_header
 from handlers.convert.source import locate
 from handlers.models import catalogue, registry
 from handlers.models.registry import Model
 from handlers.train.auto import Base
+from handlers.train.families import FAMILIES, Family, family_of
 from sessions.refusal import Refusal
 
-_TOKENS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+# Where the first text encoder's words lie in one file of SD 1, SD 2 and SDXL.
+_TOKENS = (
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    "cond_stage_model.model.token_embedding.weight",
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+)
+_MINIATURES = {"sd1": "miniature", "sd2": "miniature-sd2", "sdxl": "miniature-sdxl"}
 _SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Latent channels that the UNet reads in; more are a mask and a masked picture, or a picture to be changed.
+_LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -31,51 +44,39 @@ class BaseModel:
 
     Attributes:
         model: what the registry says of it.
-        config: the Diffusers folder that its configuration and tokenizer come from; its own where it is a folder.
+        folder: the Diffusers folder to load: its own, or what was made of its one file.
     """
 
     model: Model
-    config: Path
+    folder: Path
+
+    @property
+    def training(self) -> Family:
+        """How its family is trained."""
+        return family_of(self.model.family)
 
     @property
     def facts(self) -> Base:
         """What the table of defaults needs."""
         miniature = self.model.origin == catalogue.BUILT_IN
-        return Base(self.model.name, self.model.family, self.model.resolution or 512, miniature)
+        return Base(self.model.name, self.training.name, self.model.resolution or 512, miniature)
 
     def load_pipeline(self) -> Any:
-        """All but the UNet: a pipeline with VAE, text encoder, tokenizer and scheduler, in float32 on the CPU."""
-        common: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "safety_checker": None}
-        if self.model.path.is_dir():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                self.model.path, unet=None, feature_extractor=None, requires_safety_checker=False, **common
-            )
-        else:
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(self.model.path), config=str(self.config), unet=None, **common
-            )
+        """All but the UNet: a pipeline with VAE, text encoders, tokenizers and scheduler, in float32 on the CPU."""
         # transformers keeps the type of the file where diffusers converts.
-        return pipeline.to(dtype=torch.float32)
+        return self.training.load(self.folder).to(dtype=torch.float32)
 
     def load_unet(self) -> Any:
         """A fresh UNet of the base, in float32 on the CPU."""
-        common: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "subfolder": "unet"}
-        if self.model.path.is_dir():
-            return UNet2DConditionModel.from_pretrained(self.model.path, **common)
-        return UNet2DConditionModel.from_single_file(str(self.model.path), config=str(self.config), **common)
+        return UNet2DConditionModel.from_pretrained(
+            self.folder, dtype=torch.float32, local_files_only=True, subfolder="unet"
+        )
 
     def parameters(self) -> dict[str, int]:
-        """How many numbers each component holds, told from headers; SD 1's own counts for files that have none."""
-        if self.model.path.is_file():
-            if self.model.path.suffix != ".safetensors":
-                return dict(_SD1_PARAMETERS)
-            tensors = read_header(self.model.path).tensors
-            return {
-                part.name: sum(prod(tensor.shape) for name, tensor in tensors.items() if name.startswith(part.prefix))
-                for part in sd1.COMPONENTS
-            }
+        """How many numbers each component holds, told from headers; SD 1's own counts where there are none."""
+        components = converted.FAMILIES[self.training.name].components
         try:
-            found = {part.name: locate(self.model.path, part.name) for part in sd1.COMPONENTS}
+            found = {part.name: locate(self.folder, part.name) for part in components}
         except Refusal:
             return dict(_SD1_PARAMETERS)
         return {name: sum(prod(part.tensor.shape) for part in parts.values()) for name, parts in found.items()}
@@ -84,58 +85,110 @@ class BaseModel:
         """The type that the finished weights get: half precision for real bases, a miniature keeps its own."""
         if not self.facts.miniature:
             return torch.float16
-        kinds = {located.tensor.dtype for located in locate(self.model.path, "unet").values()}
+        kinds = {located.tensor.dtype for located in locate(self.folder, "unet").values()}
         return _DTYPES.get(min(kinds), torch.float32)
 
 
-def find_base(name: str, models: Path | None, cache: Path) -> BaseModel:
+def find_base(name: str, models: Path | None, cache: Path, gpu_bytes: int = 0) -> BaseModel:
     """Find a base that the trainer can use.
 
     Args:
         name: from train.yaml or fastsd.yaml.
         models: the tree's Models folder, or None.
         cache: the worker's cache folder.
+        gpu_bytes: memory of the GPU, by which ``auto`` chooses; 0 without one.
 
     Raises:
-        Waiting: it, or the configuration of a single file, is not on this machine; the reason names the command.
-        Refusal: no such base is known, or its family is not trained yet.
+        Waiting: it is not on this machine, and the reason names the command; or there is no room to unpack its file.
+        Refusal: no such base is known, its family is not trained yet, it is no plain model, or its file is broken.
     """
+    if name.strip().lower() == "auto":
+        name = _auto(models, cache, gpu_bytes)
     model = registry.find(name, "checkpoint", models, cache)
-    if model.family not in ("", "sd1", "sd2"):
+    if (model.family or "sd1") not in FAMILIES:
         raise Refusal(
-            "spec", f"{name} is of the family {model.family}, which comes with a later version.", "Use an SD 1 base."
+            "spec",
+            f"{name} is of the family {model.family}, which comes with a later version.",
+            "Use an SD 1, SD 2 or SDXL base.",
         )
-    if model.path.is_dir():
-        return BaseModel(model, model.path)
-    return BaseModel(model, _configuration_for(model, models, cache))
+    folder = model.path if model.path.is_dir() else unpacked(model, models, cache)
+    _refuse_variants(name, folder)
+    return BaseModel(model, folder)
 
 
-def _configuration_for(model: Model, models: Path | None, cache: Path) -> Path:
-    """A Diffusers folder with the shape of a single file: its namesake beside it, SD 1.5, or the miniature."""
+def _auto(models: Path | None, cache: Path, gpu_bytes: int) -> str:
+    """What the GPU can train and is here; where nothing is, what it can train."""
+    wanted = registry.auto_base(gpu_bytes)
+    for name in (wanted, registry.auto_base(0)):
+        with suppress(Waiting):
+            return registry.check(name, "checkpoint", models, cache).name
+    return wanted
+
+
+def unpacked(model: Model, models: Path | None, cache: Path) -> Path:
+    """The Diffusers folder of one file, made once; what was made of an older file of that name is removed.
+
+    Raises:
+        Refusal: the file cannot be converted.
+        Waiting: there is no room on the disk.
+    """
+    file = model.path
+    facts = file.stat()
+    source = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+    version = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:8]
+    parent = cache / "bases"
+    folder = parent / f"{file.stem}-{source}-{version}"
+    if folder.is_dir():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    for older in parent.glob(f"*-{source}-*"):
+        shutil.rmtree(older, ignore_errors=True)
+    try:
+        convert_single(file, folder, cache=cache, like=_like(model, models, cache))
+    except Refusal as refusal:
+        if not folder.is_dir():  # else another worker was faster
+            raise Refusal("base", f"{file.name} cannot be trained. {refusal.what}", refusal.advice) from None
+    return folder
+
+
+def _like(model: Model, models: Path | None, cache: Path) -> Path | None:
+    """A Diffusers folder of the shape of one file: its namesake beside it, or the miniature; None: the family's own."""
     width = _text_width(model.path)
     beside = model.path.with_suffix("")
     if (beside / "model_index.json").is_file() and _width_of(beside) == width:
         return beside
-    for name in ("miniature", "sd15"):
-        try:
-            folder = registry.find(name, "checkpoint", models, cache).path
-        except Waiting:
-            continue
-        if folder.is_dir() and _width_of(folder) == width:
-            return folder
-    raise Waiting(
-        f"{model.path.name} is a single file: its tokenizer and configuration come from sd15, which is not on this "
-        "machine. Get it with: fastsd models get sd15",
-        retry_after=60.0,
-    )
+    with suppress(Waiting):
+        miniature = registry.find(_MINIATURES[model.family or "sd1"], "checkpoint", models, cache).path
+        if _width_of(miniature) == width:
+            return miniature
+    return None
+
+
+def _refuse_variants(name: str, folder: Path) -> None:
+    """Refuse a base that draws with more than a prompt: it would learn from a mask that is not there.
+
+    Raises:
+        Refusal: code ``base``.
+    """
+    try:
+        channels = json.loads((folder / "unet" / "config.json").read_bytes())["in_channels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if channels != _LATENT_CHANNELS:
+        raise Refusal(
+            "base",
+            f"{name} reads {channels} channels where a model that draws from prompts reads {_LATENT_CHANNELS}: "
+            "it is an inpainting, depth or editing model, and would learn to ignore what it is given.",
+            "Train its plain sibling, and add the difference afterwards in the WebUI's checkpoint merger.",
+        )
 
 
 def _text_width(path: Path) -> int | None:
-    """The width of the text encoder in a single file; None where its header does not say (a .ckpt)."""
+    """The width of the first text encoder in one file; None where its header does not say."""
     if path.suffix != ".safetensors":
-        return 768
-    tensor = read_header(path).tensors.get(_TOKENS)
-    return tensor.shape[-1] if tensor else None
+        return None
+    tensors = read_header(path).tensors
+    return next((tensors[name].shape[-1] for name in _TOKENS if name in tensors), None)
 
 
 def _width_of(folder: Path) -> int | None:

@@ -1,20 +1,25 @@
-"""The end of a run: a whole Diffusers folder in ``.fastsd/finished/<run>/``, or none."""
+"""The end of a run: a whole Diffusers folder, or adapters, in ``.fastsd/finished/<run>/``; or nothing."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
+from handlers.train.auto import Plan
+from handlers.train.families import Family
 from handlers.train.place import Place, folder_in
+from handlers.train.trainable import Adapter
 from sessions import files
 from sessions.layout import PRIVATE
 
 _FOLDER = "finished"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers' ``load_lora_weights`` looks for in a folder."""
 
 
 def finished_folder(session: Path, run: str) -> Path:
@@ -22,30 +27,62 @@ def finished_folder(session: Path, run: str) -> Path:
     return session / PRIVATE / _FOLDER / run
 
 
-def write_finished(place: Place, run: str, pipeline: Any, *, unet: Any, text_encoder: Any, dtype: torch.dtype) -> Path:
+def write_finished(place: Place, run: str, family: Family, pipeline: Any, *, unet: Any, dtype: torch.dtype) -> Path:
     """Write the trained pipeline in ``dtype``; the modules are converted in place.
 
     Args:
         place: the session.
         run: the run's id.
-        pipeline: gives VAE, tokenizer and scheduler.
+        family: of the base.
+        pipeline: gives VAE, tokenizers, scheduler, and the text encoders: trained, or the base's.
         unet: the trained UNet.
-        text_encoder: the trained, or the base's, text encoder.
         dtype: of all weights.
 
     Returns:
         The folder.
     """
-    whole = StableDiffusionPipeline(
-        vae=pipeline.vae,
-        text_encoder=text_encoder.to("cpu"),
-        tokenizer=pipeline.tokenizer,
-        unet=unet.to("cpu"),
-        scheduler=pipeline.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=dtype)
+    for name in family.encoders:
+        getattr(pipeline, name).to("cpu")
+    whole = family.assemble(pipeline, unet.to("cpu"), pipeline.scheduler).to(dtype=dtype)
+
+    def write(temporary: Path) -> None:
+        whole.save_pretrained(temporary, safe_serialization=True)
+        _forget_paths(temporary)
+
+    return _publish(place, run, write)
+
+
+def write_adapters(
+    place: Place, run: str, pipeline: Any, adapters: Mapping[str, Adapter], *, plan: Plan, dtype: torch.dtype
+) -> Path:
+    """Write trained adapters as diffusers' ``pytorch_lora_weights.safetensors``, and ``adapter.json`` beside it.
+
+    Args:
+        place: the session.
+        run: the run's id.
+        pipeline: of the base; it knows how its adapters are written.
+        adapters: name of the module → adapter.
+        plan: the run's.
+        dtype: of the tensors.
+
+    Returns:
+        The folder.
+    """
+    parts: dict[str, Any] = {}
+    for name, adapter in adapters.items():
+        parts[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in adapter.tensors().items()}
+        parts[f"{name}_lora_adapter_metadata"] = adapter.config()
+    facts = {"rank": plan.lora_rank, "alpha": plan.lora_alpha, "method": plan.method, "base": plan.base}
+
+    def write(temporary: Path) -> None:
+        pipeline.save_lora_weights(temporary, safe_serialization=True, **parts)
+        files.write_json(temporary / "adapter.json", {**facts, "family": plan.family, "parts": sorted(adapters)})
+
+    return _publish(place, run, write)
+
+
+def _publish(place: Place, run: str, fill: Callable[[Path], None]) -> Path:
+    """Fill the run's finished folder: whole and on the disk, or not there."""
 
     def write(session: Path) -> Path:
         parent = folder_in(session, PRIVATE, _FOLDER)
@@ -54,8 +91,7 @@ def write_finished(place: Place, run: str, pipeline: Any, *, unet: Any, text_enc
         temporary = files.temporary_name(final)
         temporary.mkdir()
         try:
-            whole.save_pretrained(temporary, safe_serialization=True)
-            _forget_paths(temporary)
+            fill(temporary)
             files.sync_tree(temporary)
             if final.exists():
                 shutil.rmtree(final)

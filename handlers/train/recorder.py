@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -161,8 +160,7 @@ def last_sample(session: Path, total: int) -> Path | None:
 
 
 def _parts(done: Done) -> dict[str, dict[str, torch.Tensor]]:
-    modules: dict[str, Any] = dict(done.stage.trained)
     return {
-        **{name: module.state_dict() for name, module in modules.items()},
+        **{name: trained.tensors() for name, trained in done.stage.trained.items()},
         "optimizer": done.optimizer_state(),
     }

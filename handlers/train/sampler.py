@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from PIL import Image
+
+from handlers.train.families import Family
 
 STEPS = 20
 
 
 def draw(
+    family: Family,
     pipeline: Any,
     unet: Any,
-    text_encoder: Any,
     *,
     wanted: Sequence[tuple[str, int]],
     batch: int,
@@ -27,9 +29,9 @@ def draw(
     """Draw a picture for each prompt and seed.
 
     Args:
-        pipeline: gives VAE, tokenizer and schedule.
-        unet: the UNet as it is now; its mode is put back afterwards.
-        text_encoder: the text encoder as it is now.
+        family: of the base.
+        pipeline: gives VAE, tokenizers, schedule and the text encoders as they are now; modes are put back afterwards.
+        unet: the UNet as it is now.
         wanted: (prompt, seed) a picture.
         batch: how many are drawn at once.
         resolution: pixels of a side.
@@ -40,16 +42,10 @@ def draw(
     Returns:
         The pictures; none when it was stopped.
     """
-    sampler = StableDiffusionPipeline(
-        vae=pipeline.vae.to(device),
-        text_encoder=text_encoder,
-        tokenizer=pipeline.tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.vae.to(device)
+    sampler = family.assemble(pipeline, unet, scheduler)
+    encoders = [getattr(pipeline, name) for name in family.encoders]
     sampler.set_progress_bar_config(disable=True)
     stopped = False
 
@@ -59,10 +55,11 @@ def draw(
         running._interrupt = stopped  # noqa: SLF001 - the documented way to end a diffusers pipeline early
         return values
 
-    trained = unet.training, text_encoder.training
-    place = next(text_encoder.parameters()).device
+    modes = [module.training for module in (unet, *encoders)]
+    places = [next(encoder.parameters()).device for encoder in encoders]
     unet.eval()
-    text_encoder.to(device).eval()
+    for encoder in encoders:
+        encoder.to(device).eval()
     pictures: list[Image.Image] = []
     try:
         for start in range(0, len(wanted), batch):
@@ -81,7 +78,9 @@ def draw(
                 )
             pictures.extend(drawn.images)
     finally:
-        unet.train(trained[0])
-        text_encoder.train(trained[1]).to(place)
+        for module, mode in zip((unet, *encoders), modes, strict=True):
+            module.train(mode)
+        for encoder, place in zip(encoders, places, strict=True):
+            encoder.to(place)
         pipeline.vae.to("cpu")
     return [] if stopped else pictures

@@ -1,8 +1,8 @@
 """The two stages of fast-stable-diffusion's DreamBooth, and where a checkpoint enters them.
 
-Stage 1 trains UNet and text encoder together and keeps only the text encoder; with ``text_encoder: {unet: frozen}`` the
-UNet only passes gradients on. Stage 2 trains a fresh UNet of the base with that text encoder, which is frozen, so that
-its embeddings are computed once.
+Stage 1 trains UNet and text encoders together and keeps only the text encoders; with ``text_encoder: {unet: frozen}``
+the UNet only passes gradients on. Stage 2 trains a fresh UNet of the base with those text encoders, which are frozen,
+so that their embeddings are computed once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from handlers.train import loop, sampler
+from handlers.train import loop, randomness, sampler
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
-from handlers.train.loop import Done, Material, Stage
+from handlers.train.families.interface import Embedded, joined
+from handlers.train.loop import Done, Material, Rate, Stage
 from handlers.train.recorder import Recorder
+from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, Adapter, Trainable, Whole, adapted
+
+_TITLES = {"finetune": "fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 
 
 class Trainer:
@@ -25,29 +29,29 @@ class Trainer:
 
     Args:
         base: where fresh UNets come from.
-        pipeline: VAE, text encoder, tokenizer and scheduler of the base; the text encoder is trained in place.
+        pipeline: VAE, text encoders, tokenizers and scheduler of the base; text encoders are trained in place.
         material: plan, pictures and noise schedule.
         prompts: one a picture.
+        sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
     """
 
-    def __init__(self, base: BaseModel, pipeline: Any, material: Material, prompts: Sequence[str]) -> None:
+    def __init__(
+        self, base: BaseModel, pipeline: Any, material: Material, prompts: Sequence[str], sizes: torch.Tensor
+    ) -> None:
         self.unet: Any = None
-        self.text_encoder = pipeline.text_encoder
+        self.adapters: dict[str, Adapter] = {}
+        self._family = base.training
+        self._encoders = {name: getattr(pipeline, name) for name in self._family.encoders}
+        self._sizes = sizes
         self._base = base
         self._pipeline = pipeline
         self._material = material
         self._plan = material.plan
         self._device = material.device
-        self._tokens = pipeline.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=pipeline.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
+        self._tokens = self._family.tokens(pipeline, prompts)
 
     def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
-        """Do what is left of both stages; afterwards ``unet`` and ``text_encoder`` are the result.
+        """Do what is left; then ``unet`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
             found: where to go on; None: from the start.
@@ -58,6 +62,9 @@ class Trainer:
             Refusal: the training diverged.
         """
         plan = self._plan
+        if plan.is_one_stage:
+            self._together(found, recorder)
+            return
         done = found.step if found else 0
         if done < plan.text_encoder_steps:
             self._stage_1(found, recorder)
@@ -65,24 +72,25 @@ class Trainer:
             found, done = None, plan.text_encoder_steps
             recorder.stop_if_wished()
         elif found and plan.text_encoder_steps:
-            self.text_encoder.load_state_dict(found.load("text_encoder"))
+            for name, encoder in self._encoders.items():
+                encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
     def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
         plan = self._plan
         self.unet = self._base.load_unet()
         joint = plan.train_unet_in_stage_1
-        trained = {"text_encoder": self.text_encoder, **({"unet": self.unet} if joint else {})}
-        tokens = self._tokens.to(self._device)
+        modules = {**self._encoders, **({"unet": self.unet} if joint else {})}
+        trained = {name: Whole(module) for name, module in modules.items()}
         stage = Stage(
             1,
             f"stage 1 of 2: text encoder{' and UNet' if joint else ''}",
             0,
             plan.text_encoder_steps,
-            plan.text_encoder_rate,
+            dict.fromkeys(trained, Rate(plan.text_encoder_rate, plan.text_encoder_steps)),
             self.unet,
             trained,
-            lambda chosen: self.text_encoder(tokens[chosen])[0],
+            self._condition_anew,
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.unet = None  # only the text encoder is kept
@@ -90,33 +98,80 @@ class Trainer:
     def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
         plan = self._plan
         self.unet = self._base.load_unet()
-        embeddings = self._embed_all()
+        embedded = self._embed_all()
         finished = self._finished_parts()
         stage = Stage(
             2,
             "stage 2 of 2: UNet" if plan.text_encoder_steps else "UNet",
             plan.text_encoder_steps,
             plan.unet_steps,
-            plan.unet_rate,
+            {"unet": Rate(plan.unet_rate, plan.unet_steps)},
             self.unet,
-            {"unet": self.unet},
-            lambda chosen: embeddings[chosen],
+            {"unet": Whole(self.unet)},
+            lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
+    def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
+        """One stage: the UNet, and the text encoders for as many steps as they have; whole, or adapters in them."""
+        plan = self._plan
+        self.unet = self._base.load_unet()
+        modules = {"unet": self.unet, **(self._encoders if plan.text_encoder_steps else {})}
+        trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
+        embedded = None if plan.text_encoder_steps else self._embed_all()
+        encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
+        unet_rate = Rate(plan.unet_rate, plan.unet_steps)
+        stage = Stage(
+            2,
+            _TITLES[plan.method] + (": UNet and text encoder" if plan.text_encoder_steps else ": UNet"),
+            0,
+            plan.unet_steps,
+            {name: unet_rate if name == "unet" else encoder_rate for name in modules},
+            self.unet,
+            trained,
+            self._condition_anew
+            if embedded is None
+            else lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
+        )
+        self._run(stage, found, lambda done: recorder.after_step(done, {}))
+        self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
+
+    def _trainable(self, name: str, module: Any) -> Trainable:
+        plan = self._plan
+        if not plan.is_adapter:
+            return Whole(module)
+        if plan.precision != "fp32":
+            # Only the adapter is updated: what it stands on may be as coarse as it is computed with.
+            module.to(dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+        return adapted(
+            module,
+            UNET_LAYERS if name == "unet" else ENCODER_LAYERS,
+            rank=plan.lora_rank,
+            alpha=plan.lora_alpha,
+            dora=plan.method == "dora",
+            seed=randomness.number(plan.seed, 2, 0, f"adapter of {name}"),
+        )
+
+    def _condition_anew(self, chosen: list[int]) -> dict[str, Any]:
+        """What the UNet is told by text encoders that are trained."""
+        tokens = {name: ids[chosen].to(self._device) for name, ids in self._tokens.items()}
+        embedded = self._family.embed(self._pipeline, tokens)
+        return self._family.condition(embedded, self._sizes[chosen])
+
     def _run(self, stage: Stage, found: Checkpoint | None, after_step: Callable[[Done], None]) -> None:
         """Put the stage's modules on the device, in the checkpoint's state, and train."""
-        for module in {id(part): part for part in (stage.unet, *stage.trained.values())}.values():
+        parts = [stage.unet, *(trained.module for trained in stage.trained.values())]
+        for module in {id(part): part for part in parts}.values():
             module.requires_grad_(requires_grad=False).to(self._device)
-        for name, module in stage.trained.items():
-            module.requires_grad_(requires_grad=True).train()
+        for name, trained in stage.trained.items():
+            trained.module.train()
             if found:
-                module.load_state_dict(found.load(name))
+                trained.load(found.load(name))
         if self._device != "cpu":
             # On a GPU memory is what lacks; on a CPU it is time.
             stage.unet.enable_gradient_checkpointing()
-            if "text_encoder" in stage.trained:
-                self.text_encoder.gradient_checkpointing_enable()
+            for name in self._encoders.keys() & stage.trained.keys():
+                self._encoders[name].gradient_checkpointing_enable()
         loop.train_stage(
             stage,
             self._material,
@@ -125,24 +180,32 @@ class Trainer:
             after_step,
         )
 
-    def _embed_all(self) -> torch.Tensor:
-        """(pictures, tokens, width) from the finished text encoder, which leaves the device afterwards."""
-        self.text_encoder.requires_grad_(requires_grad=False).eval().to(self._device)
+    def _embed_all(self) -> Embedded:
+        """All prompts, from the finished text encoders, which leave the device afterwards."""
+        for encoder in self._encoders.values():
+            encoder.requires_grad_(requires_grad=False).eval().to(self._device)
+        tokens = {name: ids.to(self._device) for name, ids in self._tokens.items()}
         with torch.no_grad():
-            embedded = [self.text_encoder(row[None].to(self._device))[0] for row in self._tokens]
-        self.text_encoder.to("cpu")
-        return torch.cat(embedded)
+            parts = [
+                self._family.embed(self._pipeline, {name: ids[row : row + 1] for name, ids in tokens.items()})
+                for row in range(len(self._sizes))
+            ]
+        for encoder in self._encoders.values():
+            encoder.to("cpu")
+        return joined(parts)
 
     def _finished_parts(self) -> dict[str, Tensors]:
-        return {"text_encoder": self.text_encoder.state_dict()} if self._plan.text_encoder_steps else {}
+        if not self._plan.text_encoder_steps:
+            return {}
+        return {name: encoder.state_dict() for name, encoder in self._encoders.items()}
 
     def draw(self, should_stop: Callable[[], bool]) -> list[Image.Image]:
         """Samples of the models as they are: each prompt with two seeds."""
         plan = self._plan
         return sampler.draw(
+            self._family,
             self._pipeline,
             self.unet.to(self._device),
-            self.text_encoder,
             wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
             batch=len(plan.prompts),
             resolution=plan.resolution,

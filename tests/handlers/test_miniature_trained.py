@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
@@ -40,6 +40,17 @@ def test_the_miniature_of_sd2_draws_what_a_prompt_names(cache: Path) -> None:
     # Its figures on 200 prompts are in the model card.
     assert figures["background_right"] >= 0.9
     assert figures["colour_right"] >= 0.9
+    assert figures["shape_right"] >= 0.7
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_miniature_of_sdxl_draws_what_a_prompt_names(cache: Path) -> None:
+    folder = miniature.ensure("miniature-sdxl", cache)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    figures = evaluate.drawing_figures(pipeline, 50, None)
+    # Its figures on 200 prompts are in the model card.
+    assert figures["background_right"] >= 0.9
+    assert figures["colour_right"] >= 0.88
     assert figures["shape_right"] >= 0.7
 
 

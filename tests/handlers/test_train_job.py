@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,7 +42,7 @@ def train(payload: dict[str, Any], cache: Path, cancel_after: int = 10**9) -> tu
 
 
 def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     return {
         key.removeprefix("text_model."): value
         for key, value in load_file(folder / part / f"{stem}.safetensors").items()
@@ -120,6 +121,102 @@ def test_the_miniature_of_sd2_trains_and_becomes_one_file(tmp_path: Path) -> Non
         assert not same(weights(finished, part), weights(base, part))
     made = convert(finished, session / "dog.safetensors", verify="forward")
     assert (made.pipeline.family, made.pipeline.prediction) == ("sd2", "v")
+
+
+def test_the_miniature_of_sdxl_trains_both_encoders_and_becomes_one_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "base: miniature-sdxl\ntext_encoder: {steps: 2}\nunet: {steps: 2, learning_rate: 1e-3}\nsample_every: 2\n"
+    spec += "prior: {images: 3}\n"
+    result, _ = train(payload_of(session, spec, base="miniature-sdxl"), cache)
+    finished = Path(result.facts["finished"])
+    base = miniature.folder_of("miniature-sdxl", cache)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        assert not same(weights(finished, part), weights(base, part))
+    assert same(weights(finished, "vae"), weights(base, "vae"))
+    assert (session / "previews" / "samples-step-4.jpg").is_file()
+    made = convert(finished, session / "dog.safetensors", verify="forward")
+    assert (made.pipeline.family, made.pipeline.prediction) == ("sdxl", "epsilon")
+
+
+@pytest.mark.parametrize(("name", "method"), [("miniature", "dora"), ("miniature-sdxl", "lora")])
+# diffusers hands a torch tensor to numpy the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_an_adapter_draws_in_diffusers_as_it_was_trained(name: str, method: str, cache: Path, tmp_path: Path) -> None:
+    folder = miniature.ensure(name, cache)
+    before = {part: weights(folder, part) for part in ("unet", "text_encoder")}
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = f"method: {method}\nlora: {{rank: 4, alpha: 8}}\ntext_encoder: {{steps: 3}}\nunet: {{steps: 4}}\n"
+    result, seen = train(payload_of(session, spec + "sample_every: 2\n", base=name), cache)
+    assert result.facts["steps"] == len([entry for _, entry in seen if "loss" in entry]) == 4
+    for part, tensors in before.items():
+        assert same(tensors, weights(folder, part)), "the base stays as it is"
+    finished = Path(result.facts["finished"])
+    assert json.loads((finished / "adapter.json").read_text())["rank"] == 4
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder, local_files_only=True)
+    prompt = {"prompt": "a zwx triangle", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+
+    def drawn() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(**prompt, width=64, height=64, generator=generator).images[0]
+
+    plain = drawn()
+    pipeline.load_lora_weights(finished)
+    taught = drawn()
+    assert abs(taught - plain).max() > 0.01
+    # What diffusers reads counts as it was trained: alpha / rank twice, of both modules.
+    adapters = pipeline.unet.peft_config
+    [config] = adapters.values()
+    assert (config.r, config.lora_alpha, config.use_dora) == (4, 8, method == "dora")
+    assert pipeline.text_encoder.peft_config
+
+
+@pytest.mark.parametrize(("steps", "encoder_changes"), [(0, False), (3, True)])
+def test_fine_tuning_trains_both_together(steps: int, encoder_changes: bool, cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = f"text_encoder: {{steps: {steps}, learning_rate: 1e-3}}\nunet: {{steps: 4}}\nsample_every: 0\n"
+    spec += "method: finetune\n"
+    result, _ = train(payload_of(session, spec), cache)
+    finished, base = Path(result.facts["finished"]), miniature.folder_of("miniature", cache)
+    assert result.facts["steps"] == 4
+    assert not same(weights(finished, "unet"), weights(base, "unet"))
+    assert same(weights(finished, "text_encoder"), weights(base, "text_encoder")) is not encoder_changes
+
+
+def test_more_steps_from_a_finished_run(cache: Path, tmp_path: Path) -> None:
+    """It begins with the finished weights, and what train.yaml leaves open is as it was."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "instance: qqq\nclass: shape\nsample_every: 0\nunet: {steps: 3, learning_rate: 1e-3}\n"
+    first, _ = train(payload_of(session, spec + "text_encoder: {steps: 2, learning_rate: 1e-3}\n"), cache)
+    finished = Path(first.facts["finished"])
+    file = session / "dog-r1.safetensors"
+    convert(finished, file)
+    former = {part: weights(finished, part) for part in ("unet", "text_encoder", "vae")}
+    shutil.rmtree(finished)
+    continued = {"run": "r1", "model": file.name}
+    still = "continue: last\nsample_every: 0\nunet: {steps: 1, learning_rate: 1e-30}\n"
+    second, _ = train(payload_of(session, still, run="r2", continued=continued), cache)
+    for part, tensors in former.items():
+        assert same(weights(Path(second.facts["finished"]), part), tensors)
+    record = json.loads((session / "runs" / "r2" / "run.json").read_text())
+    plan = record["plan"]
+    assert (plan["instance"], plan["class_"], plan["text_encoder_steps"]) == ("qqq", "shape", 0)
+    assert record["continued"] == continued
+    more, _ = train(payload_of(session, still.replace("1e-30", "1e-3"), run="r3", continued=continued), cache)
+    assert not same(weights(Path(more.facts["finished"]), "unet"), former["unet"])
+    file.unlink()
+    with pytest.raises(Refusal, match=r"dog-r1\.safetensors is gone"):
+        train(payload_of(session, still, run="r4", continued=continued), cache)
+
+
+def test_an_inpainting_base_is_refused(cache: Path, tmp_path: Path) -> None:
+    models = tmp_path / "Models"
+    shutil.copytree(miniature.folder_of("miniature", cache), models / "painter")
+    config = models / "painter" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    session = make_session(tmp_path / "Sessions" / "dog")
+    with pytest.raises(Refusal, match=r"reads 9 channels.*inpainting"):
+        train({**payload_of(session, "", base="painter"), "models": str(models)}, cache)
 
 
 def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,14 +307,18 @@ def test_refused_before_anything_is_written(cache: Path, tmp_path: Path, monkeyp
     assert sorted(session.rglob("*")) == before
 
 
-def test_a_single_file_as_base(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "resolution"), [("miniature", 256), ("miniature-sd2", 256), ("miniature-sdxl", 512)])
+def test_a_single_file_as_base(name: str, resolution: int, cache: Path, tmp_path: Path) -> None:
     models = tmp_path / "Models"
     models.mkdir()
-    convert(miniature.folder_of("miniature", cache), models / "mine.safetensors")
+    convert(miniature.ensure(name, cache), models / "mine.safetensors")
     session = make_session(tmp_path / "Sessions" / "dog")
-    spec = "resolution: 256\ntext_encoder: {steps: 1}\nunet: {steps: 1}\nsample_every: 0\n"
+    spec = f"resolution: {resolution}\nmethod: dreambooth\nsample_every: 0\n"
+    spec += "text_encoder: {steps: 1}\nunet: {steps: 1}\n"
     result, _ = train(payload_of(session, spec, base="mine", models=str(models)), cache)
     finished = Path(result.facts["finished"])
     for part in ("unet", "vae", "text_encoder"):
         assert {tensor.dtype for tensor in weights(finished, part).values()} == {torch.float16}
     convert(finished, tmp_path / "dog.safetensors", verify="forward")
+    [unpacked] = (cache / "bases").glob("mine-*")
+    shutil.rmtree(unpacked)

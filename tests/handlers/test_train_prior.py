@@ -108,21 +108,21 @@ def test_what_is_no_picture_is_left_out_and_named(tmp_path: Path) -> None:
 def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class() -> None:
     """A network that predicts 0: each picture's loss is the mean square of its own noise."""
     plan = plan_of("class: dog\nprior: {images: 4, weight: 0.5}\nbatch_size: 2\n")
-    frozen = Frozen(torch.zeros(7, 4, 2, 2), torch.zeros(7, 4, 2, 2))
+    frozen = Frozen([torch.zeros(4, 2, 2)] * 7, [torch.zeros(4, 2, 2)] * 7)
     seen: list[int] = []
 
-    def embed(chosen: list[int]) -> torch.Tensor:
+    def condition(chosen: list[int]) -> dict[str, Any]:
         seen.extend(chosen)
-        return torch.zeros(len(chosen), 1, 1)
+        return {"encoder_hidden_states": torch.zeros(len(chosen), 1, 1)}
 
     class Nothing:
         sample: torch.Tensor
 
-        def __call__(self, noisy: torch.Tensor, _timesteps: Any, _hidden: Any) -> "Nothing":
+        def __call__(self, noisy: torch.Tensor, _timesteps: Any, **_told: Any) -> "Nothing":
             self.sample = torch.zeros_like(noisy)
             return self
 
-    stage = loop.Stage(2, "UNet", 0, 8, 1e-3, Nothing(), {}, embed)
+    stage = loop.Stage(2, "UNet", 0, 8, {}, Nothing(), {}, condition)
     material = loop.Material(plan, frozen, 3, DDPMScheduler(), 1.0, "cpu")
     for step in range(6):
         noise = randomness.noise((4, 4, 2, 2), plan.seed, 2, step).square().mean((1, 2, 3))

@@ -56,7 +56,7 @@ def lesson(folder: Path, cache: Path, spec: str = SPEC) -> tuple[Path, float]:
         "name": "star",
         "spec": parse_spec(spec).to_json(),
         "spec_record": None,
-        "base": "miniature",
+        "base": parse_spec(spec).base,
         "models": None,
         "pictures": pictures,
     }
@@ -77,10 +77,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary) / "cache"
-        taught, seconds = lesson(Path(temporary), cache, options.spec.replace("\\n", "\n"))
+        spec = options.spec.replace("\\n", "\n")
+        taught, seconds = lesson(Path(temporary), cache, spec)
         exam = Exam(options.count, 2 * options.count)
-        before, _ = exam.take(loaded(miniature.ensure("miniature", cache)))
-        after, stars = exam.take(loaded(taught))
+        base = miniature.ensure(parse_spec(spec).base, cache)
+        before, _ = exam.take(loaded(base))
+        after, stars = exam.take(loaded(taught, base))
     if options.sheet:
         write_sheet(stars, options.sheet, columns=10)
     print(json.dumps({"before": asdict(before), "after": asdict(after), "seconds": round(seconds, 1)}, indent=2))

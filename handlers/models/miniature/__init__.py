@@ -12,7 +12,7 @@ from sessions import files
 
 VERSION = "4"
 WEIGHTS = Path(__file__).parent / "weights"
-NAMES = ("miniature", "miniature-sd2", "miniature-captioner", "miniature-search")
+NAMES = ("miniature", "miniature-sd2", "miniature-sdxl", "miniature-captioner", "miniature-search")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
 LENDERS = {"miniature-sd2": "miniature", "miniature-sdxl": "miniature"}
 # Written last into an unfolded or built folder.

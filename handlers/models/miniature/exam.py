@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image
 from PIL import Image
 
 from handlers.models.miniature import judge, world
 from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
+from handlers.train.families import FAMILIES
+from handlers.train.finish import ADAPTER_FILE
 
 # Fresh scenes: no training script of ours draws from this seed.
 FRESH_SEED = 1_000_004
@@ -93,10 +96,11 @@ def shapes_in(images: Sequence[Image.Image]) -> list[str | None]:
 
 def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
     """Pictures as fastsd draws its samples, on the CPU."""
+    family = FAMILIES["sdxl" if hasattr(pipeline, "text_encoder_2") else "sd1"]
     return sampler.draw(
+        family,
         pipeline,
-        pipeline.unet.float(),
-        pipeline.text_encoder.float(),
+        pipeline.to(dtype=torch.float32).unet,
         wanted=wishes,
         batch=_BATCH,
         resolution=64,
@@ -106,8 +110,17 @@ def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
     )
 
 
-def loaded(folder: Any) -> StableDiffusionPipeline:
-    """A Diffusers folder, ready to draw."""
-    return StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, dtype=torch.float32, local_files_only=True
-    )
+def loaded(folder: Path, base: Path | None = None) -> Any:
+    """A Diffusers folder, ready to draw.
+
+    Args:
+        folder: of the whole model, or of an adapter.
+        base: of the model that an adapter stands on.
+    """
+    adapter = (folder / ADAPTER_FILE).is_file()
+    pipeline = AutoPipelineForText2Image.from_pretrained(
+        base if adapter else folder, safety_checker=None, dtype=torch.float32, local_files_only=True
+    ).to(dtype=torch.float32)
+    if adapter:
+        pipeline.load_lora_weights(folder)
+    return pipeline

@@ -1,0 +1,81 @@
+"""What the trainer asks of a family: how its parts are loaded and put together, and how its UNet is told a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+Tokens = Mapping[str, torch.Tensor]
+"""Name of a text encoder → token ids, (prompts, 77)."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the text encoders say of prompts.
+
+    Attributes:
+        hidden: (prompts, tokens, width), what the UNet attends to.
+        pooled: (prompts, width); None where the family has none.
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def of(self, chosen: Sequence[int]) -> Embedded:
+        """The same of some of the prompts."""
+        indices = list(chosen)
+        return Embedded(self.hidden[indices], None if self.pooled is None else self.pooled[indices])
+
+
+def joined(parts: Sequence[Embedded]) -> Embedded:
+    """Several, one after another."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Embedded(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+class Family(Protocol):
+    """One family of models. Stateless: the parts are handed in."""
+
+    @property
+    def name(self) -> str:
+        """sd1, sd2 or sdxl."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The pipeline's text encoders, in the order in which they are joined."""
+
+    def load(self, folder: Path) -> Any:
+        """All but the UNet of a Diffusers folder, in float32 on the CPU, as a pipeline."""
+
+    def assemble(self, pipeline: Any, unet: Any, scheduler: Any) -> Any:
+        """A whole pipeline of the parts of ``pipeline``, to draw with or to be saved."""
+
+    def tokens(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Token ids of prompts, padded and cut to the encoders' length."""
+
+    def embed(self, pipeline: Any, tokens: Tokens) -> Embedded:
+        """What the text encoders say of all of ``tokens``; with gradients where they have them."""
+
+    def condition(self, embedded: Embedded, sizes: torch.Tensor) -> dict[str, Any]:
+        """The UNet's keyword arguments for prompts.
+
+        Args:
+            embedded: of the prompts.
+            sizes: (prompts, 6): original height and width, crop's top and left, height and width trained at; pixels.
+        """
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """(prompts, model_max_length), padded and cut."""
+    ids: torch.Tensor = tokenizer(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+    return ids

@@ -1,0 +1,101 @@
+"""What of a module is trained: all of it, or an adapter in it (Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+# Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so
+# that the file is one that every WebUI reads.
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+class Trainable(Protocol):
+    """A module of which something is trained."""
+
+    @property
+    def module(self) -> Any:
+        """The module; other parameters of it are frozen."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Name → parameter of what is trained, in a fixed order; they get gradients from now on."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of ``tensors``."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a module."""
+
+    module: Any
+
+    def parameters(self) -> dict[str, Any]:
+        """All parameters."""
+        self.module.requires_grad_(requires_grad=True)
+        return dict(self.module.named_parameters())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state dict."""
+        return dict(self.module.state_dict())
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load a state dict."""
+        self.module.load_state_dict(dict(tensors))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that ``adapted`` put into a module."""
+
+    module: Any
+
+    def parameters(self) -> dict[str, Any]:
+        """The adapter's parameters, in float32: an update is too small for half precision."""
+        found = {name: parameter for name, parameter in self.module.named_parameters() if "lora_" in name}
+        for parameter in found.values():
+            parameter.requires_grad_(requires_grad=True)
+            parameter.data = parameter.data.float()
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Peft's names: ``<module>.lora_A.weight``, ``lora_B.weight``, ``lora_magnitude_vector``."""
+        return dict(get_peft_model_state_dict(self.module))
+
+    def config(self) -> dict[str, Any]:
+        """Peft's configuration; sets in order, so that a run writes the same bytes however often it is killed."""
+        values: dict[str, Any] = self.module.peft_config["default"].to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load such tensors."""
+        set_peft_model_state_dict(self.module, dict(tensors), adapter_name="default")
+
+
+def adapted(module: Any, layers: tuple[str, ...], *, rank: int, alpha: float, dora: bool, seed: int) -> Adapter:
+    """Put a fresh adapter into the layers of a module; it changes nothing until it is trained.
+
+    Args:
+        module: a UNet of diffusers or a text encoder of transformers; everything in it is frozen.
+        layers: endings of the layers' names.
+        rank: of the two factors.
+        alpha: the adapter counts alpha / rank.
+        dora: whether the weights' magnitudes are trained as well.
+        seed: of the first factor; the second one is zero.
+    """
+    module.requires_grad_(requires_grad=False)
+    # Peft computes with any number and says int.
+    scale = cast("int", alpha)
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(layers), use_dora=dora, bias="none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(config)
+    return Adapter(module)
