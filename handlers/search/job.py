@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,22 +200,20 @@ class Tree:
         Raises:
             Refusal: it is no picture.
         """
-        row = self.store.row_of(hashlib.sha256(source.content).hexdigest())
-        if row is not None:
-            file, _rows = self.store.rows(())
-            return Matrix(file, self.store.width).vectors([row])[0]
+        file, rows = self.store.rows_of([hashlib.sha256(source.content).hexdigest()])
+        if rows:
+            return Matrix(file, self.store.width).vectors(list(rows.values()))[0]
         return self.embedder().pictures([decoded(source)])[0]
 
-    def twins(self, pictures: Sequence[Picture]) -> Iterator[Twins]:
+    def twins(self, pictures: Sequence[Picture]) -> list[Twins]:
         """The pictures among these that look the same; none said of sets too large to compare, or of the same file."""
-        file, rows = self.store.rows([picture.path for picture in pictures])
+        paths = {picture.sha256: picture.path for picture in reversed(pictures)}
+        file, rows = self.store.rows_of(paths)
         if not 1 < len(rows) <= _MOST_COMPARED:
-            return
-        content = {picture.path: picture.sha256 for picture in pictures}
-        vectors = Matrix(file, self.store.width).vectors([row for _path, row in rows])
-        for one, other, cosine in pairs(vectors, NEAR):
-            if content[rows[one][0]] != content[rows[other][0]]:
-                yield Twins(rows[one][0], rows[other][0], cosine)
+            return []
+        vectors = Matrix(file, self.store.width).vectors(list(rows.values()))
+        names = [paths[sha256] for sha256 in rows]
+        return [Twins(*sorted((names[one], names[other])), cosine) for one, other, cosine in pairs(vectors, NEAR)]
 
 
 def decoded(source: SourceFile, pixel_limit: int = PIXEL_LIMIT) -> Any:

@@ -190,21 +190,21 @@ class Store:
             ((os.fsencode(found.path), scope, found.size, found.mtime_ns, found.sha256) for found in pictures),
         )
 
-    def rows(self, paths: Collection[str] | None = None) -> tuple[Path, list[tuple[str, int]]]:
-        """The file of vectors, and (path, row) of every picture that has one; of ``paths`` alone, if they are given.
+    def rows(self) -> tuple[Path, list[tuple[str, int]]]:
+        """The file of vectors, and (path, row) of every picture that has one.
 
         The file stays what it is as long as it is open, whatever is written meanwhile.
         """
         sql = "SELECT path, row FROM picture JOIN content USING (sha256) WHERE row IS NOT NULL ORDER BY path"
         with self._reading():
-            found = [(os.fsdecode(path), row) for path, row in self._connection.execute(sql)]
-            wanted = None if paths is None else set(paths)
-            return self._vectors, [row for row in found if wanted is None or row[0] in wanted]
+            return self._vectors, [(os.fsdecode(path), row) for path, row in self._connection.execute(sql)]
 
-    def row_of(self, sha256: str) -> int | None:
-        """Where a content's vector lies, None where it has none."""
-        found = self._connection.execute("SELECT row FROM content WHERE sha256=?", (sha256,)).fetchone()
-        return None if found is None else found[0]
+    def rows_of(self, contents: Collection[str]) -> tuple[Path, dict[str, int]]:
+        """The file of vectors, and content → row of those contents that have one."""
+        wanted = set(contents)
+        with self._reading():
+            found = self._connection.execute("SELECT sha256, row FROM content WHERE row IS NOT NULL").fetchall()
+            return self._vectors, {sha256: row for sha256, row in found if sha256 in wanted}
 
     @property
     def _vectors(self) -> Path:
