@@ -213,7 +213,10 @@ class Tree:
             return []
         vectors = Matrix(file, self.store.width).vectors(list(rows.values()))
         names = [paths[sha256] for sha256 in rows]
-        return [Twins(*sorted((names[one], names[other])), cosine) for one, other, cosine in pairs(vectors, NEAR)]
+        return [
+            Twins(min(names[one], names[other]), max(names[one], names[other]), cosine)
+            for one, other, cosine in pairs(vectors, NEAR)
+        ]
 
 
 def decoded(source: SourceFile, pixel_limit: int = PIXEL_LIMIT) -> Any:

@@ -59,13 +59,12 @@ class Embedder:
             transformers_logging.set_verbosity(verbosity)
         return cls(model, processor, device)
 
-    @torch.inference_mode()
     def pictures(self, images: Sequence[Image.Image]) -> Vectors:
         """Embeddings [pictures, width] of length 1."""
         pixels = self._processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return self._normal(self._model.get_image_features(pixel_values=pixels.to(self._device)))
+        with torch.inference_mode():
+            return self._normal(self._model.get_image_features(pixel_values=pixels.to(self._device)))
 
-    @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Vectors:
         """Embeddings [texts, width] of length 1."""
         if self._family == "siglip":
@@ -83,7 +82,8 @@ class Embedder:
                 list(texts), padding=True, truncation=True, max_length=self._positions(77), return_tensors="pt"
             )
             inputs = {key: given[key].to(self._device) for key in ("input_ids", "attention_mask")}
-        return self._normal(self._model.get_text_features(**inputs))
+        with torch.inference_mode():
+            return self._normal(self._model.get_text_features(**inputs))
 
     def _positions(self, usual: int) -> int:
         return min(usual, int(self._model.config.text_config.max_position_embeddings))

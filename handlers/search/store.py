@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _NAME = "search.sqlite"
 _BUSY_SECONDS = 120.0
@@ -285,7 +286,7 @@ def twins_of(folder: Path, scope: str) -> list[Twins]:
     return [Twins(os.fsdecode(one), os.fsdecode(other), cosine) for one, other, cosine in rows]
 
 
-def _peek(folder: Path, sql: str, *values: bytes) -> Sequence[tuple[bytes, ...]] | list[tuple]:  # type: ignore[type-arg]
+def _peek(folder: Path, sql: str, *values: bytes) -> list[tuple[Any, ...]]:
     """Rows of an index, read without changing anything; none where it is not there or cannot be read."""
     file = folder / _NAME
     if not file.is_file():

@@ -20,9 +20,10 @@ from handlers.models import inspect, miniature, registry
 from handlers.models.miniature import drawing, vocabulary, world
 from handlers.models.miniature.seeded import seeded
 from handlers.search import job as jobs
+from handlers.search.find import Matrix, nearest, to_bytes
 from handlers.search.job import EmbedHandler, SearchHandler, width_of
 from handlers.search.model import Embedder
-from handlers.search.store import Store, digest_of, twins_of
+from handlers.search.store import Picture, Store, digest_of, twins_of
 from handlers.search.walk import pictures_of
 from sessions.files import sha256_of
 from sessions.refusal import Refusal
@@ -265,9 +266,9 @@ def test_a_tree_of_50000_pictures_is_asked_at_once(tmp_path: Path) -> None:
     rows = rng.normal(size=(50_000, 512)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     with closing(Store(tmp_path, "m", 512)) as store:
-        store.add({f"{number:05}": jobs.to_bytes(row) for number, row in enumerate(rows)})
-        pictures = [jobs.Picture(f"Sessions/a/{number:05}.png", 1, 1, f"{number:05}") for number in range(50_000)]
+        store.add({f"{number:05}": to_bytes(row) for number, row in enumerate(rows)})
+        pictures = [Picture(f"Sessions/a/{number:05}.png", 1, 1, f"{number:05}") for number in range(50_000)]
         store.replace_all(pictures)
         file, known = store.rows()
-        scores = jobs.Matrix(file, 512).cosines(rows[12_345], [row for _path, row in known])
-        assert known[jobs.nearest(scores, 1)[0]][0] == "Sessions/a/12345.png"
+        scores = Matrix(file, 512).cosines(rows[12_345], [row for _path, row in known])
+        assert known[nearest(scores, 1)[0]][0] == "Sessions/a/12345.png"

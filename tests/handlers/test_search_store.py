@@ -27,7 +27,7 @@ WIDTH = 8
 def vector(sha256: str) -> bytes:
     """The vector of a content: another one for each."""
     digest = hashlib.sha256(sha256.encode()).digest()
-    return to_bytes(np.frombuffer(digest[:WIDTH], np.uint8).astype(np.float32) / 255)
+    return to_bytes(np.frombuffer(digest[:WIDTH], np.uint8).astype(np.float32))
 
 
 def picture(path: str, content: str) -> Picture:
