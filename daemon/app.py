@@ -151,7 +151,7 @@ class Daemon:
             noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
-        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.here, searching)
+        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known, searching)
         hooks = TreeHooks(
             preparer=preparer,
             sessions=self.sessions,
@@ -273,11 +273,13 @@ class Daemon:
             self.router.reroute()
             self.dispatcher.wake()
 
-    def look_for_networks(self) -> None:
-        """A salient-object network came or went: the crops that are wished for with one are wanted anew."""
+    async def look_for_networks(self) -> None:
+        """A salient-object network came or changed: the crops that are wished for with one are wanted anew."""
         if self._networks.look():
-            self.router.reroute_wanted = True
-            self._reroute()
+            # Not ``reroute``, which tidies: a network may also be gone because the whole tree is out of reach.
+            for session in list(self.sessions):
+                self.router.reroute_session(session)
+            self.dispatcher.wake()
 
     def _on_touched(self, session: str) -> None:
         self.reporter.changed(session)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _ALIVE_SECONDS = 20
 _BLOCKED_SECONDS = 5
+_NETWORKS_SECONDS = 10
 _FRESH_MINUTES = 5
 _DONE_ROWS_KEPT = 7 * 86400.0
 
@@ -38,6 +39,7 @@ class Schedule:
         """Begin ticking. Must be called in the event loop."""
         self._scheduler.add_job(self._daemon.notify_alive, "interval", seconds=_ALIVE_SECONDS)
         self._scheduler.add_job(self._try_blocked, "interval", seconds=_BLOCKED_SECONDS)
+        self._scheduler.add_job(self._daemon.look_for_networks, "interval", seconds=_NETWORKS_SECONDS)
         self._scheduler.add_job(self._keep_fresh, "interval", minutes=_FRESH_MINUTES)
         self._scheduler.add_job(self._tidy, "interval", hours=24)
         self._scheduler.start()
@@ -54,8 +56,7 @@ class Schedule:
         give_memory_back()
 
     async def _try_blocked(self) -> None:
-        """No event tells that a folder's permissions were mended, or what came into the cache."""
-        self._daemon.look_for_networks()
+        """No event tells that a folder's permissions were mended."""
         for path in list(self._daemon.sessions.unwritable):
             self._daemon.reporter.outcome(path)
         for path in list(self._daemon.tree.unreadable):

@@ -24,18 +24,15 @@ class Networks:
     cache: Path
     _known: SegmentNetwork | None = None
 
-    def here(self) -> SegmentNetwork | None:
-        """The one that lies here now."""
-        return segments.find(self.models(), self.cache)
+    def known(self) -> SegmentNetwork | None:
+        """The one that was here at the last look: nobody wants to look into a mounted folder for each picture."""
+        return self._known
 
     def parameters(self) -> Mapping[str, Any] | None:
-        """The one that was here at the last look, as a crop's parameters tell it.
-
-        What crops are wanted must not change between two looks at all of them.
-        """
+        """The same, as a crop's parameters tell it. What is wanted changes only with a look, which all crops follow."""
         return self._known.to_json() if self._known else None
 
     def look(self) -> bool:
         """Look again. Returns whether another one is here than before: then other crops may be wanted."""
-        before, self._known = self._known, self.here()
+        before, self._known = self._known, segments.find(self.models(), self.cache)
         return before != self._known

@@ -122,6 +122,9 @@ class CropHandler:
         _require_other_file(source, request.output)
         with context.within(request.seconds, _too_slow(source, request.seconds)):
             decoded = _decoded(source, request)
+        if request.network is not None:
+            # Asking it for the first time may take as long as decoding; the daemon hears that this goes on.
+            context.report(0, 1, "", {})
         facts = crop(source, decoded, request, self._finders)
         context.report(1, 1, facts["subject"], {})
         return JobResult(facts=facts, outputs=[request.output])

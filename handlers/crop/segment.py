@@ -127,8 +127,9 @@ class _Network:
         """
         asked = self._interface
         small = image.resize((asked.side, asked.side), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        pixels = np.asarray(small).astype(np.float32) / 255.0
-        values = (pixels - np.asarray(asked.mean, np.float32)) / np.asarray(asked.deviation, np.float32)
+        values: Mask = np.asarray(small).astype(np.float32) / 255.0
+        values -= np.asarray(asked.mean, np.float32)
+        values /= np.asarray(asked.deviation, np.float32)
         self._network.setInput(np.ascontiguousarray(values.transpose(2, 0, 1)[None]))
         found = np.asarray(self._network.forward(asked.output))
         if found.ndim != 4 or found.shape[:2] != (1, 1) or not np.isfinite(found).all():
@@ -137,8 +138,7 @@ class _Network:
         mask: Mask = found[0, 0].astype(np.float32)
         if mask.min() < -1e-3 or mask.max() > 1 + 1e-3:
             # BiRefNet gives logits.
-            exponential: Mask = np.exp(-mask.clip(-50.0, 50.0)).astype(np.float32)
-            mask = 1.0 / (1.0 + exponential)
+            mask = 0.5 * (1.0 + np.tanh(0.5 * mask))
         return mask.clip(0.0, 1.0)
 
 

@@ -511,6 +511,33 @@ def test_whatever_happens_the_crops_end_as_the_tree_wants_them(
         house.close()
 
 
+@pytest.mark.parametrize("dies", ["when it tells", "when it takes back"])
+def test_a_death_beside_an_error_file_leaves_none_behind(
+    house: House, dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon is killed between the two writes of a refusal; then the line is mended."""
+    wishes = house.write(f"{A}/crop.txt", "x.jpg: 1 2 3" if dies == "when it takes back" else "x.jpg: centre")
+    house.write(f"{A}/x.jpg", b"dog")
+    house.settle()
+    append = Manifest.append
+
+    def killed(manifest: Manifest, records: list[Record]) -> None:
+        if any(record["kind"] == "refused" for record in records):
+            raise KeyboardInterrupt
+        append(manifest, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "append", killed)
+        wishes.write_text("x.jpg: 5 5 1" if dies == "when it tells" else "x.jpg: centre")
+        with pytest.raises(KeyboardInterrupt):
+            house.settle()
+    house.restart("index", "queue")
+    wishes.write_text("x.jpg: 0 0 20 20")
+    house.settle()
+    assert not wishes.with_name("crop.txt.error.txt").exists()
+    assert Manifest.load(house.root / A).get("refused", "crop.txt") is None
+
+
 # Salient-object networks
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from handlers.context import Cancelled, JobContext, JobResult, Waiting
 from handlers.convert.job import convert
 from handlers.models import miniature
+from handlers.train.finish import ADAPTER_FILE
 from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
 from tests.handlers.train_session import make_session, payload_of
@@ -153,6 +155,8 @@ def test_an_adapter_draws_in_diffusers_as_it_was_trained(name: str, method: str,
         assert same(tensors, weights(folder, part)), "the base stays as it is"
     finished = Path(result.facts["finished"])
     assert json.loads((finished / "adapter.json").read_text())["rank"] == 4
+    with safe_open(finished / ADAPTER_FILE, "pt") as file:
+        assert str(cache) not in str(file.metadata()), "an adapter that travels does not say where its base lay"
     pipeline = AutoPipelineForText2Image.from_pretrained(folder, local_files_only=True)
     prompt = {"prompt": "a zwx triangle", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
 
