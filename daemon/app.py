@@ -17,7 +17,7 @@ from daemon.commander import Commander
 from daemon.config import Settings
 from daemon.devices import gpu_devices, worker_environment
 from daemon.dispatch import Dispatcher
-from daemon.gates import CaptionGate, Gates
+from daemon.gates import Gates, ModelGate
 from daemon.hooks import TreeHooks
 from daemon.index import Fact, Index
 from daemon.jobs import Job, JobState
@@ -30,6 +30,8 @@ from daemon.reporter import Reporter
 from daemon.router import Router
 from daemon.routing import PICTURE_KINDS, PictureRules
 from daemon.schedule import Schedule
+from daemon.searching import KIND as EMBED
+from daemon.searching import Searching, index_folder
 from daemon.segments import Networks
 from daemon.session import Sessions
 from daemon.slots import WorkerSettings
@@ -105,10 +107,14 @@ class Daemon:
             on_vanished=self._on_vanished,
             counts_as_movement=self._counts_as_movement,
         )
-        self._captions = CaptionGate(settings.captioner, self._models_folder, cache, time.monotonic)
+        self._captions = ModelGate("captioner", settings.captioner, self._models_folder, cache, time.monotonic)
         self.webui = WebUIService.of(settings.webui, state, environment, changed=self._on_webui)
+        searching = Searching(settings.search, index_folder(state.folder, settings.search)) if settings.search else None
+        looks = {"caption": self._captions.reason, "publish": self.webui.publish_gate}
+        if settings.search:
+            looks[EMBED] = ModelGate("search", settings.search, self._models_folder, cache, time.monotonic).reason
         self.gates = Gates(
-            {"caption": self._captions.reason, "publish": self.webui.publish_gate},
+            looks,
             everything=self._tree_gate,
         )
         self._networks = Networks(self._models_folder, cache)
@@ -127,6 +133,7 @@ class Daemon:
             quiet_for=lambda session: self.router.quiet_for(session),  # noqa: PLW0108 - the router comes after it
             quiet_needed=self._quiet_needed,
             caption_gate=self._captions.reason,
+            searching=searching,
         )
         self.stamper = Stamper(self.sessions, lambda: self.router.shape, lambda fact: self._on_settled([fact]))
         self.router = Router(
@@ -144,7 +151,7 @@ class Daemon:
             noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
-        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known)
+        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known, searching)
         hooks = TreeHooks(
             preparer=preparer,
             sessions=self.sessions,

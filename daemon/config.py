@@ -112,6 +112,7 @@ class Settings(_Settings):
 
     captioner: str = "kosmos-2"
     base: str = "auto"
+    search: str | None = None
     caption: CaptionKeys = CaptionKeys()
     watch: WatchKeys = WatchKeys()
     webui: WebUIKeys = WebUIKeys()

@@ -14,17 +14,19 @@ _CHECK_SECONDS = 15.0
 
 
 @dataclass
-class CaptionGate:
-    """Whether the tree's captioner is on this machine.
+class ModelGate:
+    """Whether a model that the settings name is on this machine.
 
     Attributes:
-        captioner: its name.
+        setting: the key of fastsd.yaml that names it, which is the model's kind, too: ``captioner``, ``search``.
+        name: what stands there.
         models: () → the tree's Models folder, None where there is none.
         cache: the folder of downloads.
         now: monotonic seconds.
     """
 
-    captioner: str
+    setting: str
+    name: str
     models: Callable[[], Path | None]
     cache: Path
     now: Callable[[], float]
@@ -32,7 +34,7 @@ class CaptionGate:
     _reason: str | None = None
 
     def reason(self) -> str | None:
-        """Why captions cannot be made now, with what helps; None when they can. Looks again every 15 seconds."""
+        """Why it cannot be used now, with what helps; None when it can. Looks again every 15 seconds."""
         if self.now() - self._looked >= _CHECK_SECONDS:
             self._looked = self.now()
             self._reason = self._look()
@@ -40,11 +42,11 @@ class CaptionGate:
 
     def _look(self) -> str | None:
         try:
-            registry.check(self.captioner, "captioner", self.models(), self.cache)
+            registry.check(self.name, self.setting, self.models(), self.cache)
         except Waiting as missing:
             return missing.reason
         except Refusal as refusal:
-            return f"captioner: {refusal} (fastsd.yaml)"
+            return f"{self.setting}: {refusal} (fastsd.yaml)"
         return None
 
 

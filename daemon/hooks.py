@@ -12,6 +12,7 @@ from daemon.gates import Gates
 from daemon.jobs import Job
 from daemon.ledger import Hooks
 from daemon.prepare import Gone, Preparer
+from daemon.searching import KIND as EMBED
 from daemon.session import Sessions
 from daemon.status import local_now
 from daemon.terminal import ProgressDisplay
@@ -100,6 +101,8 @@ class TreeHooks(Hooks):
             return
         final = outcome.state == "failed" and job.last_attempt
         match outcome.state:
+            case "done" if job.kind == EMBED:
+                pass  # what it made lies in the index, which is this machine's and no part of the tree
             case "done":
                 paths = [str(path) for path in outcome.outputs]
                 outcomes.record_done(session, job.kind, job.payload, outcome.facts, paths)

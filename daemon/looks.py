@@ -17,7 +17,13 @@ _NAMED = 4
 
 
 def hints(
-    session: Session, pictures: Collection[str], crops: Sequence[Record], resolution: int, *, complete: bool
+    session: Session,
+    pictures: Collection[str],
+    crops: Sequence[Record],
+    resolution: int,
+    *,
+    complete: bool,
+    twins: Collection[tuple[str, str]] = (),
 ) -> list[str]:
     """Lines about the pictures of a session.
 
@@ -27,8 +33,9 @@ def hints(
         crops: the records of the crops that are there.
         resolution: pixels of a side at which the session trains.
         complete: whether every picture has its crop: then the set as a whole can be judged.
+        twins: pairs of pictures that the search model calls nearly the same.
     """
-    lines = review(crops, resolution) if complete else []
+    lines = review(crops, resolution, twins) if complete else []
     rules = session.crop_rules
     if unmatched := rules.wishes.unmatched(list(pictures)):
         lines.append(f"{rules.wishes_name} names what is no picture here: {_some(unmatched)}.")

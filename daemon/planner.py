@@ -26,6 +26,7 @@ from daemon.routing import (
     wanted_kinds,
 )
 from daemon.runs import former_run, lacks_model, read_spec_record, recorded_runs
+from daemon.searching import Searching
 from daemon.session import Session
 from daemon.sheet import crops_of, remove_sheet, sheet_request
 from handlers.context import Waiting
@@ -105,6 +106,7 @@ class Planner:
         quiet_for: (session) → seconds since people last moved something in it.
         quiet_needed: () → seconds of quiet before a run starts by itself.
         caption_gate: () → why captions cannot be made now, or None.
+        searching: the index of the search, where it is switched on.
     """
 
     root: Path
@@ -115,6 +117,7 @@ class Planner:
     quiet_for: Callable[[Session], float]
     quiet_needed: Callable[[], float]
     caption_gate: Callable[[], str | None]
+    searching: Searching | None = None
 
     def plan(self, session: Session, shape: layout.Shape) -> Plan:
         """What a session wants now.
@@ -155,7 +158,7 @@ class Planner:
             refuse(session, name, problem, job=CODE)
 
     def _plan_looks(self, session: Session, pictures: Pictures, plan: Plan) -> None:
-        """What people may want to look at: lines about the set, and the contact sheet."""
+        """What people may want to look at: lines about the set, the contact sheet, and the index of the search."""
         if not pictures.facts:
             remove_sheet(session)
             return
@@ -164,15 +167,19 @@ class Planner:
             return  # looking at so many takes a while, and all of them will be looked at again
         crops = crops_of(session, pictures.facts.get)
         complete = len(crops) >= len(pictures.facts) - pictures.refused
-        plan.hints += hints(session, pictures.facts, crops, self._resolution(session), complete=complete)
-        request = None if pictures.crops or captions else sheet_request(session, crops)
-        if request is None:
+        twins = self.searching.twins(session) if self.searching else ()
+        plan.hints += hints(session, pictures.facts, crops, self._resolution(session), complete=complete, twins=twins)
+        if pictures.crops or captions:
+            return
+        wanted = [sheet_request(session, crops), self.searching.request(session, crops) if self.searching else None]
+        requests = [request for request in wanted if request is not None]
+        if not requests:
             return
         rest = min(self.quiet_needed(), _SHEET_REST) - self.quiet_for(session)
         if rest > 0:
             plan.look_again(max(0.5, rest))  # while pictures arrive, it would be drawn for each of them
         else:
-            plan.requests.append(request)
+            plan.requests += requests
 
     def _plan_pipelines(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
         """Models that another trainer left in the session."""

@@ -17,6 +17,7 @@ from daemon.index import Fact, Index
 from daemon.pipelines import pipeline_at
 from daemon.routing import PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import former_run, read_json, read_spec_record
+from daemon.searching import Searching
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
 from handlers.context import Waiting
@@ -44,6 +45,7 @@ class Preparer:
         index: to list the pictures of a session.
         rules: parameters of the pictures' outputs.
         network: () → the salient-object network that is here.
+        searching: the index of the search, where it is switched on.
     """
 
     root: Path
@@ -52,6 +54,7 @@ class Preparer:
     index: Index
     rules: PictureRules
     network: Callable[[], SegmentNetwork | None] = lambda: None
+    searching: Searching | None = None
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -74,6 +77,8 @@ class Preparer:
                 return self._train(session, stored)
             case "sheet":
                 return self._sheet(session, stored)
+            case "embed":
+                return self._embed(session, stored)
             case "convert":
                 return self._convert(session, stored)
             case _:
@@ -177,6 +182,17 @@ class Preparer:
             message = "the sheet would show what has changed since"
             raise Gone(message)
         return sheet_payload(session, found, self.settings.limits.picture_pixels)
+
+    def _embed(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        if self.searching is None or stored["params"].get("search") != self.searching.model:
+            message = "the search is switched off, or asks another model"
+            raise Gone(message)
+        crops = crops_of(session, lambda relative: self.index.lookup(session.tree_path(relative)))
+        payload = self.searching.payload(session, crops, self.root)
+        if payload["digest"] != stored["params"]["digest"]:
+            message = "the pictures have changed since"
+            raise Gone(message)
+        return {**payload, "models": self.models, "pixel_limit": self.settings.limits.picture_pixels}
 
     def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec_record = SpecRecord.from_json(stored["spec_record"])

@@ -12,6 +12,7 @@ from typing import Any
 from daemon.jobs import Job
 from daemon.planner import Plan
 from daemon.refusals import standing_errors
+from daemon.searching import KIND as EMBED
 from daemon.session import Session
 from daemon.sheet import KIND as SHEET
 from sessions import layout
@@ -50,8 +51,9 @@ def describe_session(
         others: files in it that are no pictures and were left alone.
         notes: other lines.
     """
-    # Nobody waits for the contact sheet, or misses it.
-    jobs = [job for job in jobs if job.kind != SHEET]
+    # Nobody waits for the contact sheet, or misses it; nor for the search, which may want to be told what it lacks.
+    looks = [job for job in jobs if job.kind == EMBED and job.state != "failed"]
+    jobs = [job for job in jobs if job.kind != SHEET and job not in looks]
     running = [job for job in jobs if job.state == "running"]
     pending = [job for job in jobs if job.state in ("ready", "waiting")]
     waits = list(plan.waits)
@@ -59,6 +61,7 @@ def describe_session(
         reason = gates.get(job.kind) or str(job.problem.get("reason", ""))
         if reason and reason not in waits:
             waits.append(reason)
+    waits += [f"The search: {gates[EMBED]}" for _job in looks[:1] if EMBED in gates]
     waits += [
         f"{job.kind} of {job.subject} failed and is tried again: {job.problem['message']}"
         for job in pending

@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
         Kind("crop", "handlers.crop.job:CropHandler", "cpu", batch=8, silence=120.0, priority=10),
         Kind("caption", "handlers.caption.job:CaptionHandler", "gpu", 16, gather=2.0, silence=1800.0, priority=20),
         Kind("train", "handlers.train.job:TrainHandler", "gpu", attempts=5, silence=3600.0, priority=30),
+        Kind("embed", "handlers.search.job:EmbedHandler", "gpu", silence=1800.0, priority=95),
         Kind("sheet", "handlers.crop.sheet:SheetHandler", "cpu", attempts=2, silence=600.0, priority=90),
         Kind("convert", "handlers.convert.job:ConvertHandler", "cpu", silence=1800.0, priority=20),
         Kind("publish", "handlers.publish.job:PublishHandler", "net", attempts=5, silence=1800.0, priority=20),
@@ -57,6 +58,7 @@ ONE_OFF_KINDS: dict[str, Kind] = {
         Kind("lora-convert", "handlers.convert.lora_job:LoraConvertHandler", "cpu", silence=1800.0),
         Kind("lora-extract", "handlers.convert.lora_job:LoraExtractHandler", "cpu", silence=7200.0),
         Kind("lora-merge", "handlers.convert.lora_job:LoraMergeHandler", "cpu", silence=1800.0),
+        Kind("search", "handlers.search.job:SearchHandler", "gpu", silence=1800.0),
         Kind("export", "handlers.caption.onnx_export:ExportHandler", "cpu", silence=7200.0),
     )
 }

@@ -7,7 +7,7 @@ no ``health``: then nothing is said of what it would tell.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from statistics import median
 from typing import Any
@@ -35,12 +35,15 @@ _HASH_BITS = 64
 Record = Mapping[str, Any]
 
 
-def review(records: Sequence[Record], resolution: int = _SMALLEST) -> list[str]:
+def review(
+    records: Sequence[Record], resolution: int = _SMALLEST, twins: Collection[tuple[str, str]] = ()
+) -> list[str]:
     """Lines about a set, the most important first; none where nothing is to be said.
 
     Args:
         records: the crops of the pictures that would train.
         resolution: pixels of a side at which they would.
+        twins: pairs of sources that a model calls nearly the same: a second cue beside the hashes.
     """
     if not records:
         return []
@@ -49,7 +52,7 @@ def review(records: Sequence[Record], resolution: int = _SMALLEST) -> list[str]:
     copies = _copies(ordered)
     extra = {str(record["source"]) for group in copies for record in group[1:]}
     single = [record for record in ordered if str(record["source"]) not in extra]
-    alike = _alike(single)
+    alike = _alike(single, twins)
     distinct = len(single) - sum(len(group) - 1 for group in alike)
     lines = [
         *_on_number(len(single), distinct),
@@ -113,28 +116,40 @@ def _copies(records: Sequence[Record]) -> list[list[Record]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _alike(records: Sequence[Record]) -> list[list[Record]]:
-    """Groups of pictures that look the same: each is near to another of its group."""
-    by_hash: defaultdict[int, list[Record]] = defaultdict(list)
+def _alike(records: Sequence[Record], twins: Collection[tuple[str, str]]) -> list[list[Record]]:
+    """Groups of pictures that look the same: each is near to another of its group, by its hash or by the model."""
+    seen = {source for pair in twins for source in pair}
+    # By its hash; a picture whose hash says nothing, as of a page or a wall, by its name where the model knows it.
+    by_key: defaultdict[int | str, list[Record]] = defaultdict(list)
+    keys: dict[str, int | str] = {}
     for record in records:
-        value = _hash(record)
-        if value is not None and _is_near(value, value):  # else it says nothing, as of a page or a wall
-            by_hash[value].append(record)
-    if len(by_hash) > _MOST_COMPARED:
+        source, value = str(record["source"]), _hash(record)
+        tells = value is not None and _is_near(value, value)
+        if value is not None and tells:
+            keys[source] = value
+        elif source in seen:
+            keys[source] = source
+        else:
+            continue
+        by_key[keys[source]].append(record)
+    if len(by_key) > _MOST_COMPARED:
         return []
-    root = {value: value for value in by_hash}
+    root = {key: key for key in by_key}
 
-    def top(value: int) -> int:
-        while root[value] != value:
-            root[value] = value = root[root[value]]
-        return value
+    def top(key: int | str) -> int | str:
+        while root[key] != key:
+            root[key] = key = root[root[key]]
+        return key
 
-    for one, other in _candidates(list(by_hash)):
+    for one, other in _candidates([key for key in by_key if isinstance(key, int)]):
         if _is_near(one, other):
             root[top(one)] = top(other)
-    groups: defaultdict[int, list[Record]] = defaultdict(list)
-    for value, found in by_hash.items():
-        groups[top(value)] += found
+    for first, second in twins:
+        if first in keys and second in keys:
+            root[top(keys[first])] = top(keys[second])
+    groups: defaultdict[int | str, list[Record]] = defaultdict(list)
+    for key, found in by_key.items():
+        groups[top(key)] += found
     found_groups = [sorted(group, key=lambda record: str(record["source"])) for group in groups.values()]
     return sorted((group for group in found_groups if len(group) > 1), key=lambda group: str(group[0]["source"]))
 

@@ -153,9 +153,9 @@ def _features(arguments: argparse.Namespace, sources: Sequence[str]) -> int:
 
 def missing_captioner(name: str) -> str | None:
     """Why a captioner cannot be used on this machine, with what helps; None where it can."""
-    from daemon.gates import CaptionGate
+    from daemon.gates import ModelGate
 
-    return CaptionGate(name, lambda: None, cache_home(os.environ), lambda: 0.0).reason()
+    return ModelGate("captioner", name, lambda: None, cache_home(os.environ), lambda: 0.0).reason()
 
 
 _CAPTION_KEYS = (*("mode", "prompt", "prefix", "suffix", "drop", "blacklist", "instance", "concept", "precision"),)

@@ -18,7 +18,7 @@ class Entry:
 
     Attributes:
         name, family, kind, resolution: as in ``registry.Model``.
-        prediction: epsilon, v or flow; "" for a captioner or a segment network.
+        prediction: epsilon, v or flow; "" for a captioner, a search model or a segment network.
         origin: the hub id, the https address of the one file, or ``BUILT_IN``.
         bytes: the size of its download, roughly.
         index: the file that stands for the whole download.
@@ -50,6 +50,7 @@ _TABLE = (
     Entry("miniature-sd2", "sd2", "diffusers", 64, "v", BUILT_IN, 15_500_000),
     Entry("miniature-sdxl", "sdxl", "diffusers", 64, "epsilon", BUILT_IN, 15_200_000),
     Entry("miniature-captioner", "kosmos2", "captioner", 64, "", BUILT_IN, 5_600_000),
+    Entry("miniature-search", "clip", "search", 64, "", BUILT_IN, 1_900_000),
     Entry(
         "sd15",
         "sd1",
@@ -143,6 +144,29 @@ _TABLE = (
         "",
         "microsoft/kosmos-2-patch14-224",
         int(6.2 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+    Entry(
+        "siglip2-base",
+        "siglip",
+        "search",
+        224,
+        "",
+        "google/siglip2-base-patch16-224",
+        int(1.4 * GIB),
+        index="config.json",
+        parts=("",),
+    ),
+    Entry(
+        "clip-vit-base",
+        "clip",
+        "search",
+        224,
+        "",
+        "openai/clip-vit-base-patch32",
+        int(0.6 * GIB),
         index="config.json",
         parts=("",),
         licence="MIT",

@@ -28,6 +28,17 @@ _PARTS = {
 }
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 INDEX = "model_index.json"
+# config.json's model_type of a transformers folder → kind, family.
+_MODEL_TYPES = {
+    "kosmos-2": ("captioner", "kosmos2"),
+    "blip-2": ("captioner", "blip2"),
+    "florence2": ("captioner", "florence2"),
+    "clip": ("search", "clip"),
+    "siglip": ("search", "siglip"),
+    "m2m_100": ("translator", "m2m100"),
+    "marian": ("translator", "marian"),
+}
+_TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.json", "source.spm")
 
 
 @dataclass
@@ -46,16 +57,16 @@ class FolderContents:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers``, ``captioner`` (Kosmos-2), ``lora`` (peft), or what a component's configuration says; else None."""
+    """``diffusers``, a kind of ``_MODEL_TYPES``, ``lora`` (peft), or what a component's configuration says; else None."""
     if (folder / INDEX).is_file():
         return "diffusers"
     if (folder / "adapter_config.json").is_file():
         return "lora"
     config = _json(folder / "config.json")
-    if config.get("model_type") == "kosmos-2":
-        return "captioner"
+    if known := _MODEL_TYPES.get(str(config.get("model_type"))):
+        return known[0]
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or ()), ""))
-    return next((known for start, known in _PARTS.items() if kind.startswith(start)), None)
+    return next((part for start, part in _PARTS.items() if kind.startswith(start)), None)
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -63,10 +74,11 @@ def read_folder(folder: Path) -> FolderContents:
     match folder_kind(folder):
         case "diffusers":
             return _diffusers(folder)
-        case "captioner":
-            contents = FolderContents(kind="captioner", family="kosmos2", safe=True)
+        case "captioner" | "search" | "translator" as kind:
+            _, family = _MODEL_TYPES[_json(folder / "config.json")["model_type"]]
+            contents = FolderContents(kind=kind, family=family, safe=True)
             _weigh(folder, folder, contents)
-            if not (folder / "tokenizer.json").is_file() and not (folder / "sentencepiece.bpe.model").is_file():
+            if not any((folder / name).is_file() for name in _TOKENIZERS):
                 contents.problems.append("It has no tokenizer.")
             return contents
         case "lora" | "vae" | "controlnet" | "text-encoder" as kind:

@@ -20,6 +20,7 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
 _USUAL_RESOLUTION = 512
 GPU_FOR_SDXL = 12 * 1024**3
+_NOUNS = {"captioner": "captioner", "search": "search model"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Model:
 
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
-        family: sd1, sd2, sdxl, flux or kosmos2; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder,
-            embedding or segment.
+        family: sd1, sd2, sdxl, flux, kosmos2, clip or siglip; "" where it cannot be told.
+        kind: checkpoint (one file), diffusers (a folder), captioner, search, lora, vae, controlnet, adapter,
+            text-encoder, embedding or segment.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
@@ -80,7 +81,7 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 
     Args:
         name: a registered name, ``auto``, or a name, file or folder under ``models_folder`` (with or without suffix).
-        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder) or ``captioner``.
+        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner`` or ``search``.
         models_folder: the tree's ``Models/``; None where there is none.
         cache: the folder of downloads and built miniatures.
 
@@ -125,6 +126,8 @@ def resolution_of(name: str, models_folder: Path | None, cache: Path) -> int:
 def _without_auto(name: str, wanted: frozenset[str]) -> str:
     if "captioner" in wanted:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
+    if "search" in wanted:
+        return {"auto": "siglip2-base", "miniature": "miniature-search"}.get(name.lower(), name)
     return auto_base(0) if name.lower() == "auto" else name
 
 
@@ -173,7 +176,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _missing(entry: Entry) -> str:
-    noun = "captioner" if entry.kind == "captioner" else "base"
+    noun = _NOUNS.get(entry.kind, "base")
     return f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
 
 
@@ -251,7 +254,7 @@ def _inside(path: Path, top: str) -> bool:
 
 def _unknown(name: str, wanted: frozenset[str], models_folder: Path | None) -> Refusal:
     names = [entry.name for entry in catalogue.ENTRIES.values() if entry.kind in wanted]
-    noun = "captioner" if "captioner" in wanted else "base"
+    noun = next((noun for kind, noun in _NOUNS.items() if kind in wanted), "base")
     where = " or under Models/" if models_folder else ""
     return Refusal("model", f"No {noun} called {name!r} is known{where}.", f"Known: {', '.join(names)}.")
 

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from daemon.prepare import Preparer
 from daemon.queue import Queue
 from daemon.router import Router
 from daemon.routing import PICTURE_KINDS, PictureRules
+from daemon.searching import Searching
 from daemon.session import Session, Sessions
 from daemon.stamper import Stamper
 from daemon.terminal import NoDisplay
 from handlers.models.segments import SegmentNetwork
 from handlers.outcome import Outcome
+from handlers.search.store import Picture, Store, Twins
 from sessions.ignore import IgnoreRules
 from sessions.layout import is_own_folder, is_picture_name
 from sessions.refusal import Refusal
@@ -67,6 +69,7 @@ class House:
         faces: pictures' contents in which the crop job finds a face; in the others, what the caption's boxes show.
         entities: a picture's content → the entities of its caption.
         payloads: the payload of every crop that was made, in order.
+        twins: the pictures that the search model calls nearly the same.
         made: (kind, source or run) of every job that was worked on.
     """
 
@@ -90,6 +93,7 @@ class House:
         self.payloads: list[dict[str, Any]] = []
         self.made: list[tuple[str, str]] = []
         self.ended: list[str | None] = []
+        self.twins: list[Twins] = []
         self._stamps: list[Fact] = []
         self._dirty: set[str] = set()
         self.plans: dict[str, Plan] = {}
@@ -104,6 +108,7 @@ class House:
         rules = PictureRules(
             captioner=self.settings.captioner, network=lambda: self.network.to_json() if self.network else None
         )
+        self.searching = Searching(self.settings.search, self.state / "search") if self.settings.search else None
         self.planner = Planner(
             self.root,
             self.index,
@@ -113,6 +118,7 @@ class House:
             quiet_for=lambda session: self.router.quiet_for(session),  # noqa: PLW0108 - the router comes after it
             quiet_needed=lambda: self.needed,
             caption_gate=lambda: self.captions_wait,
+            searching=self.searching,
         )
         self.router = Router(
             root=self.root,
@@ -129,7 +135,9 @@ class House:
             noted=lambda _path: None,
             tree_quiet=lambda _folder: self.quiet,
         )
-        self.preparer = Preparer(self.root, self.settings, self.sessions, self.index, rules, lambda: self.network)
+        self.preparer = Preparer(
+            self.root, self.settings, self.sessions, self.index, rules, lambda: self.network, self.searching
+        )
         self.hooks = TreeHooks(
             preparer=self.preparer,
             sessions=self.sessions,
@@ -264,6 +272,11 @@ class House:
         if kind == "sheet":
             lines = [f"{Path(shown['source']).name} {shown['subject']}" for shown in payload["pictures"]]
             return Outcome("done", outputs=(_made(payload["output"], "\n".join(lines).encode()),))
+        if kind == "embed":
+            pictures = [Picture(**seen) for seen in payload["pictures"]]
+            with closing(Store(Path(payload["index"]), payload["search"], 1)) as store:
+                store.replace_scope(payload["scope"], pictures, payload["digest"], self.twins)
+            return Outcome("done", facts={"left": 0})
         content = Path(payload["source"]).read_bytes()
         if content in self.refuses:
             return Outcome("refused", refusal=Refusal("corrupt", "It is no picture.", "Save it anew."))

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
+from handlers.search.model import Embedder
 from tools.miniature import evaluate
 
 
@@ -68,3 +69,11 @@ def test_the_captioner_names_and_boxes_what_it_sees(cache: Path) -> None:
     assert figures["background_right"] >= 0.95
     assert figures["iou_1"] >= 0.7
     assert figures["iou_3"] >= 0.6
+
+
+def test_the_search_model_finds_the_right_picture_first(cache: Path) -> None:
+    figures = evaluate.search_figures(Embedder.load(miniature.ensure("miniature-search", cache), "cpu"), 50)
+    # The bound that the miniature promises; its figures on 200 queries are in the model card.
+    assert figures["first_right"] >= 0.9
+    assert figures["bare_right"] >= 0.9
+    assert figures["copies_right"] >= 0.9

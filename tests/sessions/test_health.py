@@ -140,3 +140,15 @@ def test_shapes_on_an_even_ground_are_not_taken_for_each_other() -> None:
     assert review(plain) == []
     assert "Nearly the same" in review([*plain, picture("copy.jpg", dhash=f"{0b1111:016x}")])[0]
     assert review([picture(f"{number}.jpg", dhash=f"{0:016x}") for number in range(6)]) == [], "it says nothing"
+
+
+def test_a_model_is_a_second_cue_beside_the_hashes() -> None:
+    """Mirrored, a picture has another hash; on an even ground a hash says nothing."""
+    even = picture("even.jpg", dhash=f"{0:016x}")
+    set_of = [*pictures(6), even]
+    said = "Nearly the same picture: {}. Other poses, places and light teach more."
+    assert review(set_of, twins=[("1.jpg", "4.jpg")]) == [said.format("1.jpg = 4.jpg")]
+    assert review(set_of, twins=[("2.jpg", "even.jpg")]) == [said.format("2.jpg = even.jpg")]
+    near = picture("burst.jpg", dhash=f"{hash_of(3) ^ 1:016x}")
+    assert review([*set_of, near], twins=[("burst.jpg", "5.jpg")]) == [said.format("3.jpg = 5.jpg = burst.jpg")]
+    assert review(set_of, twins=[("1.jpg", "gone.jpg"), ("gone.jpg", "away.jpg")]) == []

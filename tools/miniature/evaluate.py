@@ -6,6 +6,8 @@ The VAE by PSNR, drawing by ``judge`` (which knows nothing of the model), captio
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import json
 import tempfile
 import time
@@ -22,6 +24,7 @@ from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 
 from handlers.models import miniature
 from handlers.models.miniature import exam, judge, world
+from handlers.search.model import Embedder
 from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
 from tools.miniature import pool
@@ -130,11 +133,51 @@ def caption_figures(
     return rates | {f"iou_{things}": float(np.mean(rows)) for things, rows in sorted(overlaps.items())}
 
 
+def search_figures(
+    embedder: Embedder, queries: int, gallery: int = 50, most_things: int = 4, seed: int = pool.FRESH_SEED + 2
+) -> dict[str, float]:
+    """How often its own caption finds a picture first among ``gallery`` fresh ones, and how it does in fewer words.
+
+    Galleries are drawn until there are enough queries; a caption that fits two pictures of its gallery is not asked.
+    ``bare`` queries leave the sentence around the things out. ``copies``: of each picture, saved anew as a small JPEG,
+    the picture itself is the nearest of its gallery. ``thing``: what is found for "a red circle" shows one.
+    """
+    found: dict[str, list[bool]] = defaultdict(list)
+    for number in itertools.count():
+        drawn = pool.drawn(gallery, seed + 10_000 * number, most_things=most_things)
+        captions = [world.caption(scene) for scene in drawn.scenes]
+        images = [Image.fromarray(pixels) for pixels in drawn.pixels]
+        seen = embedder.pictures(images)
+        bare = [said.removeprefix("An image of ").removesuffix(".") for said in captions]
+        asked = {"first": embedder.texts(captions), "bare": embedder.texts(bare)}
+        asked["copies"] = embedder.pictures([_copied(image) for image in images])
+        shown = [{(thing.colour, thing.shape) for thing in scene.things} for scene in drawn.scenes]
+        names = [(scene.things[0].colour, scene.things[0].shape) for scene in drawn.scenes]
+        things = embedder.texts([f"{world.article(colour)} {colour} {shape}" for colour, shape in names])
+        for index, said in enumerate(captions):
+            if captions.count(said) == 1:
+                for way, vectors in asked.items():
+                    found[way].append(int(np.argmax(seen @ vectors[index])) == index)
+                found["thing"].append(names[index] in shown[int(np.argmax(seen @ things[index]))])
+                if len(found["first"]) == queries:
+                    return {f"{way}_right": sum(rows) / queries for way, rows in found.items()}
+    raise AssertionError
+
+
+def _copied(image: Image.Image) -> Image.Image:
+    """A picture as somebody passes it on: a bit smaller, as a JPEG."""
+    content = io.BytesIO()
+    image.resize((56, 56), Image.Resampling.LANCZOS).save(content, "JPEG", quality=80)
+    return Image.open(content)
+
+
 def figures_of(name: str, folder: Path, count: int, sheet: Path | None) -> dict[str, Any]:
     """What one miniature can do."""
     if name == "miniature-captioner":
         model = Kosmos2ForConditionalGeneration.from_pretrained(folder).eval()
         return caption_figures(model, Kosmos2Processor.from_pretrained(folder), count)
+    if name == "miniature-search":
+        return search_figures(Embedder.load(folder, "cpu"), count)
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     where = sheet.with_name(f"{sheet.stem}-{name}.png") if sheet else None
     return vae_figures(pipeline.vae, count) | drawing_figures(pipeline, count, where)

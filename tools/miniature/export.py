@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from handlers.models import miniature
-from handlers.models.miniature import captioner, drawing, sd2, sdxl
+from handlers.models.miniature import captioner, drawing, sd2, sdxl, searcher
 from tools.miniature import latents, pool, train_captioner, training
 
 
@@ -90,6 +90,15 @@ def captioning_family(state: Path, target: Path) -> None:
     print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
 
 
+def searching_family(state: Path, target: Path) -> None:
+    """The search model as a transformers folder; its eyes' heads are thrown away."""
+    model = searcher.model()
+    eyes = train_captioner.Eyes(model.config.vision_config.hidden_size)
+    about = training.load_mean(state / "search.pt", [model, eyes])
+    _replace(target, lambda: searcher.save(model, searcher.processor(), target, torch.float16))
+    print(f"{target.name}: {about['step']} steps, {about['minutes']:.0f} minutes")
+
+
 def _finish(folder: Path) -> None:
     """Let the configurations name the type that the weights have once they are unfolded, and everybody read them."""
     for path in folder.rglob("*.safetensors"):
@@ -104,6 +113,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "miniature-sd2": ("unet-sd2.pt", second_family),
     "miniature-sdxl": ("unet-sdxl.pt", third_family),
     "miniature-captioner": ("captioner.pt", captioning_family),
+    "miniature-search": ("search.pt", searching_family),
 }
 
 

@@ -12,7 +12,7 @@ from sessions import files
 
 VERSION = "4"
 WEIGHTS = Path(__file__).parent / "weights"
-NAMES = ("miniature", "miniature-sd2", "miniature-sdxl", "miniature-captioner")
+NAMES = ("miniature", "miniature-sd2", "miniature-sdxl", "miniature-captioner", "miniature-search")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
 LENDERS = {"miniature-sd2": "miniature", "miniature-sdxl": "miniature"}
 # Written last into an unfolded or built folder.
@@ -82,6 +82,10 @@ def _build(name: str, target: Path) -> None:
         from handlers.models.miniature import captioner
 
         captioner.build(target)
+    elif name == "miniature-search":
+        from handlers.models.miniature import searcher
+
+        searcher.build(target)
     else:
         from handlers.models.miniature import drawing
 
