@@ -15,6 +15,10 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 # Parts that hold no weights, and those that drawing does without.
 _WEIGHTLESS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"})
 _OPTIONAL = frozenset({"safety_checker", "image_encoder"})
+# By config.json's model_type: captioners, and models that translate.
+_CAPTIONERS = {"kosmos-2": "kosmos2", "blip-2": "blip2", "florence2": "florence2"}
+_TRANSLATORS = {"m2m_100": "m2m100", "marian": "marian"}
+_TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.json", "source.spm")
 
 
 @dataclass
@@ -31,10 +35,11 @@ class FolderContents:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers`` for a Diffusers folder, ``captioner`` for a Kosmos-2 folder, else None."""
+    """``diffusers`` for a Diffusers folder, ``captioner`` or ``translator`` for such a transformers one, else None."""
     if (folder / "model_index.json").is_file():
         return "diffusers"
-    return "captioner" if _json(folder / "config.json").get("model_type") == "kosmos-2" else None
+    kind = _json(folder / "config.json").get("model_type")
+    return "captioner" if kind in _CAPTIONERS else "translator" if kind in _TRANSLATORS else None
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -42,10 +47,11 @@ def read_folder(folder: Path) -> FolderContents:
     match folder_kind(folder):
         case "diffusers":
             return _diffusers(folder)
-        case "captioner":
-            contents = FolderContents(kind="captioner", family="kosmos2", safe=True)
+        case "captioner" | "translator" as kind:
+            family = (_CAPTIONERS | _TRANSLATORS)[_json(folder / "config.json")["model_type"]]
+            contents = FolderContents(kind=kind, family=family, safe=True)
             _weigh(folder, folder, contents)
-            if not (folder / "tokenizer.json").is_file() and not (folder / "sentencepiece.bpe.model").is_file():
+            if not any((folder / name).is_file() for name in _TOKENIZERS):
                 contents.problems.append("It has no tokenizer.")
             return contents
     return FolderContents(problems=["It is no Diffusers folder: it has no model_index.json."])

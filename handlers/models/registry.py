@@ -27,8 +27,8 @@ class Model:
 
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
-        family: sd1, sd2, sdxl, flux or kosmos2; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder or
+        family: sd1, sd2, sdxl, flux, kosmos2, blip2, florence2, m2m100 or marian; "" where it cannot be told.
+        kind: checkpoint (one file), diffusers (a folder), captioner, translator, lora, vae, controlnet, adapter, text-encoder or
             embedding.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
@@ -79,7 +79,7 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 
     Args:
         name: a registered name, ``auto``, or a name, file or folder under ``models_folder`` (with or without suffix).
-        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder) or ``captioner``.
+        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner`` or ``translator``.
         models_folder: the tree's ``Models/``; None where there is none.
         cache: the folder of downloads and built miniatures.
 
@@ -107,6 +107,8 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 def _without_auto(name: str, wanted: frozenset[str]) -> str:
     if "captioner" in wanted:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
+    if "translator" in wanted:
+        return name
     return auto_base(0) if name.lower() == "auto" else name
 
 
@@ -155,7 +157,7 @@ def _has_weights(folder: Path) -> bool:
 def _missing(entry: Entry) -> str:
     if entry.origin == catalogue.BUILT_IN:
         return f"The model {entry.name} is planned and does not exist yet. Name another, such as miniature."
-    noun = "captioner" if entry.kind == "captioner" else "base"
+    noun = entry.kind if entry.kind in ("captioner", "translator") else "base"
     return f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
 
 
@@ -233,7 +235,7 @@ def _inside(path: Path, top: str) -> bool:
 
 def _unknown(name: str, wanted: frozenset[str], models_folder: Path | None) -> Refusal:
     names = [entry.name for entry in catalogue.ENTRIES.values() if entry.kind in wanted]
-    noun = "captioner" if "captioner" in wanted else "base"
+    noun = next((kind for kind in ("captioner", "translator") if kind in wanted), "base")
     where = " or under Models/" if models_folder else ""
     return Refusal("model", f"No {noun} called {name!r} is known{where}.", f"Known: {', '.join(names)}.")
 
