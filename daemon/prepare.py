@@ -18,10 +18,11 @@ from daemon.routing import PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
+from daemon.translating import captioned, translate_payload
 from handlers.context import Waiting
 from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
-from sessions.manifest import outputs_present
+from sessions.manifest import Record, outputs_present
 from sessions.spec import TrainSpec, parse_spec
 
 
@@ -68,6 +69,8 @@ class Preparer:
                 return self._train(session, stored)
             case "sheet":
                 return self._sheet(session, stored)
+            case "translate":
+                return self._translate(session, stored)
             case "convert":
                 return self._convert(session, stored)
             case _:
@@ -164,6 +167,14 @@ class Preparer:
             message = "the sheet would show what has changed since"
             raise Gone(message)
         return sheet_payload(session, found, self.settings.limits.picture_pixels)
+
+    def _translate(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        def line_of(record: Record) -> tuple[str, str] | None:
+            chosen = caption_of(session, str(record["source"]), str(record["stem"]))
+            return chosen and (chosen.line, "fastsd" if chosen.origin == "generated" else "person")
+
+        records = captioned(session, lambda relative: self.index.lookup(session.tree_path(relative)))
+        return translate_payload(session, records, stored, line_of, self.models)
 
     def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec_record = SpecRecord.from_json(stored["spec_record"])

@@ -71,6 +71,7 @@ class Halt(StoppingCriteria):
         self._halted = halted
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """[texts]: whether each has ended."""
         return torch.full((input_ids.shape[0],), self._halted(), dtype=torch.bool, device=input_ids.device)
 
 

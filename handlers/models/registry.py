@@ -28,8 +28,8 @@ class Model:
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
         family: sd1, sd2, sdxl, flux, kosmos2, blip2, florence2, m2m100 or marian; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, translator, lora, vae, controlnet, adapter, text-encoder or
-            embedding.
+        kind: checkpoint (one file), diffusers (a folder), captioner, translator, lora, vae, controlnet, adapter,
+            text-encoder or embedding.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
