@@ -27,6 +27,8 @@ from handlers.translate.languages import ENGLISH
 
 _BEAMS = 4
 _MOST_TOKENS = 256
+# The same for every batch: what a line becomes must not hang on its company.
+_MOST_NEW = 128
 # Some models of opus-mt speak several variants and want to be told which; this is the simplified script.
 _VARIANTS = {"zh": "cmn_Hans"}
 _RETRY = 300.0
@@ -119,7 +121,7 @@ class Translator:
         tokens = self.model.generate(
             **given,
             **options,
-            max_new_tokens=min(_MOST_TOKENS, 2 * given["input_ids"].shape[1] + 16),
+            max_new_tokens=_MOST_NEW,
             num_beams=_BEAMS,
             do_sample=False,
             early_stopping=True,
@@ -127,8 +129,11 @@ class Translator:
         )
         if halted():
             raise Interrupted
-        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True, **_target(self.tokenizer))
-        return [str(text) for text in decoded]
+        # Whether a language's own token counts as special depends on the files that lie there: it never is a word.
+        codes = set(getattr(self.tokenizer, "id_to_lang_token", ()))
+        rows = [[token for token in row if token not in codes] for row in tokens.tolist()]
+        decoded = self.tokenizer.batch_decode(rows, skip_special_tokens=True, **_target(self.tokenizer))
+        return [str(text).replace(self.tokenizer.unk_token, " ") for text in decoded]
 
     def _fits(self) -> int:
         settings = self.model.config
