@@ -13,7 +13,7 @@ import pytest
 from daemon.config import BadSettings, load_settings
 from daemon.jobs import Job
 from handlers.outcome import Outcome
-from tests.daemon.house import House, _prepared
+from tests.daemon.house import SPEC, House, _prepared
 
 A = "Sessions/a"
 _HEADER = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -84,7 +84,7 @@ def test_captions_are_translated_once_they_stand_and_never_twice(build: Callable
 def test_they_wait_for_captions_and_training_does_not_wait_for_them(build: Callable[..., House]) -> None:
     house = build(languages=["de"], translator="mine")
     house.pictures(A, 3)
-    house.write(f"{A}/train.yaml", "{}")
+    house.write(f"{A}/train.yaml", SPEC)
     house.look()
     assert house.open_jobs("translate") == []
     house.settle()
