@@ -171,7 +171,9 @@ class Preparer:
     def _translate(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         def line_of(record: Record) -> tuple[str, str] | None:
             chosen = caption_of(session, str(record["source"]), str(record["stem"]))
-            return chosen and (chosen.line, "fastsd" if chosen.origin == "generated" else "person")
+            if chosen is None:
+                return None
+            return chosen.line, "fastsd" if chosen.origin == "generated" else "person"
 
         records = captioned(session, lambda relative: self.index.lookup(session.tree_path(relative)))
         return translate_payload(session, records, stored, line_of, self.models)

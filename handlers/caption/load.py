@@ -71,7 +71,7 @@ def kind_of(folder: Path) -> Kind:
         settings = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return KOSMOS_2
-    return _KINDS.get(settings.get("model_type") if isinstance(settings, dict) else None, KOSMOS_2)
+    return _KINDS.get(str(settings.get("model_type")) if isinstance(settings, dict) else "", KOSMOS_2)
 
 
 def load(folder: Path, device: str, precision: str = "auto", kind: Kind = KOSMOS_2) -> Loaded:

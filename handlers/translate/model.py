@@ -130,8 +130,8 @@ class Translator:
         if halted():
             raise Interrupted
         # Whether a language's own token counts as special depends on the files that lie there: it never is a word.
-        codes = set(getattr(self.tokenizer, "id_to_lang_token", ()))
-        rows = [[token for token in row if token not in codes] for row in tokens.tolist()]
+        spoken = set(getattr(self.tokenizer, "id_to_lang_token", ()))
+        rows = [[token for token in row if token not in spoken] for row in tokens.tolist()]
         decoded = self.tokenizer.batch_decode(rows, skip_special_tokens=True, **_target(self.tokenizer))
         return [str(text).replace(self.tokenizer.unk_token, " ") for text in decoded]
 
