@@ -48,6 +48,21 @@ def quantity(value: Any) -> int:
     return int(float(match[1]) * _FACTORS[match[2]])
 
 
+def language(value: Any) -> str:
+    """A language's code: two or three small letters.
+
+    Raises:
+        ValueError: it is none.
+    """
+    # YAML 1.1 reads Norwegian's code as a truth value.
+    code = "no" if value is False else str(value).strip().lower()
+    if not re.fullmatch(r"[a-z]{2,3}", code):
+        message = f"{value!r} is no language. Write codes of two or three letters, like [de, fr]"
+        raise ValueError(message)
+    return code
+
+
+Languages = list[Annotated[str, BeforeValidator(language)]]
 Seconds = Annotated[float, BeforeValidator(seconds)]
 Quantity = Annotated[int, BeforeValidator(quantity)]
 MaybeSeconds = Annotated[float | None, BeforeValidator(lambda value: None if value == "auto" else seconds(value))]
@@ -118,7 +133,8 @@ class Settings(_Settings):
     webui: WebUIKeys = WebUIKeys()
     limits: LimitKeys = LimitKeys()
     quiet_hours: str | None = None
-    languages: list[str] = Field(default_factory=list)
+    languages: Languages = Field(default_factory=list)
+    translator: str = "m2m100"
 
 
 class BadSettings(Exception):  # noqa: N818 - the refusal says what is wrong

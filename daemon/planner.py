@@ -29,8 +29,10 @@ from daemon.runs import former_run, lacks_model, read_spec_record, recorded_runs
 from daemon.searching import Searching
 from daemon.session import Session
 from daemon.sheet import crops_of, remove_sheet, sheet_request
+from daemon.translating import captioned, protected, translate_request, translators
 from handlers.context import Waiting
 from handlers.models import registry
+from handlers.translate.languages import known_language
 from sessions import layout
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
@@ -131,6 +133,7 @@ class Planner:
         self._plan_run(session, pictures, plan)
         self._plan_looks(session, pictures, plan)
         self._plan_pipelines(session, shape, plan)
+        self._plan_translations(session, pictures, plan)
         plan.requests += convert_requests(session)
         if self.settings.webui.kind != "none":
             plan.requests += [
@@ -190,6 +193,37 @@ class Planner:
         plan.waits += waits
         if again_in is not None:
             plan.look_again(again_in)
+
+    def _plan_translations(self, session: Session, pictures: Pictures, plan: Plan) -> None:
+        """Captions in other languages, once the captions stand; where a translator is missing they stay English."""
+        if not self.settings.languages or (pictures.captions and not self.caption_gate()):
+            return
+        models = self.root / layout.MODELS
+        languages: dict[str, str] = {}
+        missing: dict[str, list[str]] = {}
+        for language, name in translators(self.settings).items():
+            try:
+                known_language(language, self.settings.translator)
+                registry.check(name, "translator", models if models.is_dir() else None, self.cache)
+            except Refusal as refusal:
+                missing.setdefault(str(refusal), []).append(language)
+            except Waiting as waiting:
+                missing.setdefault(waiting.reason, []).append(language)
+                plan.look_again(waiting.retry_after)
+            else:
+                languages[language] = name
+        plan.waits += [
+            f"Captions stay English without {', '.join(codes)}: {reason}" for reason, codes in missing.items()
+        ]
+        words = protected(session, self.settings, self.spec_of(session))
+
+        def fact_of(relative: str) -> Fact | None:
+            return self.index.lookup(session.tree_path(relative))
+
+        records = captioned(session, pictures.facts.get)
+        request = translate_request(session, records, languages, words, fact_of)
+        if request is not None:
+            plan.requests.append(request)
 
     def _plan_run(self, session: Session, pictures: Pictures, plan: Plan) -> None:
         runs = recorded_runs(session)

@@ -20,11 +20,12 @@ from daemon.runs import former_run, read_json, read_spec_record
 from daemon.searching import Searching
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
+from daemon.translating import captioned, translate_payload
 from handlers.context import Waiting
 from handlers.models.segments import SegmentNetwork
 from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
-from sessions.manifest import outputs_present
+from sessions.manifest import Record, outputs_present
 from sessions.spec import TrainSpec, parse_spec
 
 _CONVERTED = ("run", "sha256", "bytes", "family", "prediction", "verified", "seconds")
@@ -79,6 +80,8 @@ class Preparer:
                 return self._sheet(session, stored)
             case "embed":
                 return self._embed(session, stored)
+            case "translate":
+                return self._translate(session, stored)
             case "convert":
                 return self._convert(session, stored)
             case _:
@@ -193,6 +196,16 @@ class Preparer:
             message = "the pictures have changed since"
             raise Gone(message)
         return {**payload, "models": self.models, "pixel_limit": self.settings.limits.picture_pixels}
+
+    def _translate(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        def line_of(record: Record) -> tuple[str, str] | None:
+            chosen = caption_of(session, str(record["source"]), str(record["stem"]))
+            if chosen is None:
+                return None
+            return chosen.line, "fastsd" if chosen.origin == "generated" else "person"
+
+        records = captioned(session, lambda relative: self.index.lookup(session.tree_path(relative)))
+        return translate_payload(session, records, stored, line_of, self.models)
 
     def _train(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         spec_record = SpecRecord.from_json(stored["spec_record"])

@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
         Kind("caption", "handlers.caption.job:CaptionHandler", "gpu", 16, gather=2.0, silence=1800.0, priority=20),
         Kind("train", "handlers.train.job:TrainHandler", "gpu", attempts=5, silence=3600.0, priority=30),
         Kind("embed", "handlers.search.job:EmbedHandler", "gpu", silence=1800.0, priority=95),
+        Kind("translate", "handlers.translate.job:TranslateHandler", "gpu", silence=1800.0, priority=40),
         Kind("sheet", "handlers.crop.sheet:SheetHandler", "cpu", attempts=2, silence=600.0, priority=90),
         Kind("convert", "handlers.convert.job:ConvertHandler", "cpu", silence=1800.0, priority=20),
         Kind("publish", "handlers.publish.job:PublishHandler", "net", attempts=5, silence=1800.0, priority=20),

@@ -11,14 +11,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from handlers.caption.answers import answered
-from handlers.caption.boxes import parse
+from handlers.caption.boxes import Utterance
 from handlers.caption.clean import NEUTRAL, Entity, clean, place
 from handlers.caption.draw import LONG_SIDE, preview
-from handlers.caption.match import Matcher
-from handlers.caption.model import Ask, Captioner, Interrupted, Spoken
-from handlers.caption.prompts import QUESTION_TOKENS, Question, caption_prompt, is_instruction
+from handlers.caption.model import Ask, Interrupted, Spoken
+from handlers.caption.prompts import Question
 from handlers.caption.rules import Line, Rules, applied
+from handlers.caption.voice import Voice, open_voice
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.crop.decode import PIXEL_LIMIT, Decoded, OpenPicture, SourceFile, read_source
 from handlers.crop.render import write_picture
@@ -84,15 +83,17 @@ class CaptionRequest:
             rules=Rules.of(payload),
         )
 
-    def asks(self, picture: int) -> list[Ask]:
+    def asks(self, picture: int, voice: Voice) -> list[Ask]:
         """The caption first, then the questions, all about one picture.
 
         Raises:
             Refusal: something cannot be asked.
+            Waiting: the settings ask for what this captioner cannot do.
         """
-        prompt, most = caption_prompt(self.mode, self.prompt)
-        questions = [Ask(picture, question.prompt(), QUESTION_TOKENS) for question in self.questions]
-        return [Ask(picture, prompt, most, self.rules.never), *questions]
+        if self.check:
+            voice.require_scoring()
+        questions = [voice.question(picture, question) for question in self.questions]
+        return [voice.caption(picture, self.mode, self.prompt, self.rules.never), *questions]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class CaptionHandler:
 
     def __init__(self) -> None:
         self._kept: tuple[Path, str] | None = None
-        self._matcher: Matcher | None = None
+        self._voice: Voice | None = None
 
     def run(self, context: JobContext) -> JobResult:
         """Caption one picture.
@@ -155,37 +156,35 @@ class CaptionHandler:
         first = group[0]
         try:
             model = registry.find(first.request.captioner, "captioner", first.request.models, first.context.cache)
-            matcher = self._loaded(model.path, first.context.device, first.request.precision)
+            voice = self._loaded(model.path, first.context.device, first.request.precision)
         except Exception as error:  # whatever it is, it is every job's
             return {job.index: error for job in group}
         prepared: list[_Prepared] = []
         for job in group:
             try:
                 job.context.check_cancelled()
-                prepared.append(_prepare(job, len(prepared)))
+                prepared.append(_prepare(job, len(prepared), voice))
                 job.context.report(0, 1, "captioning", {})
             except Exception as error:
                 outcomes[job.index] = error
-        return outcomes | _told(matcher, prepared, model)
+        return outcomes | _told(voice, prepared, model)
 
-    def _loaded(self, path: Path, device: str, precision: str) -> Matcher:
-        if self._matcher is None or self._kept != (path, precision):
-            self._matcher = None  # the old one goes before the new one comes
-            self._matcher = Matcher(Captioner.load(path, device, precision))
+    def _loaded(self, path: Path, device: str, precision: str) -> Voice:
+        if self._voice is None or self._kept != (path, precision):
+            self._voice = None  # the old one goes before the new one comes
+            self._voice = open_voice(path, device, precision)
             self._kept = (path, precision)
-        return self._matcher
+        return self._voice
 
 
-def _told(
-    matcher: Matcher, prepared: Sequence[_Prepared], model: registry.Model
-) -> dict[int, JobResult | BaseException]:
+def _told(voice: Voice, prepared: Sequence[_Prepared], model: registry.Model) -> dict[int, JobResult | BaseException]:
     """Ask all there is to ask, and write each picture's files as soon as its last answer is there."""
     outcomes: dict[int, JobResult | BaseException] = {}
     asks = [ask for item in prepared for ask in item.asks]
     said: defaultdict[int, dict[int, Spoken]] = defaultdict(dict)
     begins = list(accumulate((len(item.asks) for item in prepared), initial=0))
     try:
-        for place_, answer in matcher.captioner.speak(
+        for place_, answer in voice.speak(
             [item.decoded.image for item in prepared],
             asks,
             halted=lambda: any(item.job.context.is_stopping() for item in prepared),
@@ -197,7 +196,7 @@ def _told(
             answers = said[item.number]
             answers[place_ - begins[item.number]] = answer
             if len(answers) == len(item.asks) and item.job.index not in outcomes:
-                outcomes[item.job.index] = _finished(item, [answers[n] for n in range(len(item.asks))], matcher, model)
+                outcomes[item.job.index] = _finished(item, [answers[n] for n in range(len(item.asks))], voice, model)
     except Interrupted:
         ending: BaseException = Stopping()
     except Exception as error:
@@ -208,25 +207,24 @@ def _told(
 
 
 def _finished(
-    item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model
+    item: _Prepared, said: Sequence[Spoken], voice: Voice, model: registry.Model
 ) -> JobResult | BaseException:
     try:
         item.job.context.check_cancelled()
-        return _finish(item, said, matcher, model)
+        return _finish(item, said, voice, model)
     except Exception as error:
         return error
 
 
-def _prepare(job: _Job, number: int) -> _Prepared:
-    asks = job.request.asks(number)
+def _prepare(job: _Job, number: int, voice: Voice) -> _Prepared:
+    asks = job.request.asks(number, voice)
     source = read_source(job.request.source)
     opened = OpenPicture(source, job.request.pixel_limit)
     return _Prepared(job, number, asks, source, opened.decode(LONG_SIDE / opened.longer_side))
 
 
-def _line(request: CaptionRequest, said: Spoken, prompt: str) -> tuple[Line, list[str]]:
+def _line(request: CaptionRequest, utterance: Utterance) -> tuple[Line, list[str]]:
     """The caption with its boxes, and notes for people."""
-    utterance = parse(said.answer if is_instruction(prompt) else said.raw)
     notes = []
     line = None
     if (usable := clean(utterance.text)) is not None:
@@ -241,20 +239,20 @@ def _line(request: CaptionRequest, said: Spoken, prompt: str) -> tuple[Line, lis
     return line, notes
 
 
-def _finish(item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: registry.Model) -> JobResult:
+def _finish(item: _Prepared, said: Sequence[Spoken], voice: Voice, model: registry.Model) -> JobResult:
     """Write what was said: the sidecar first, because it tells our text from a person's if we die in between."""
     request = item.job.request
     spoken, prompt = said[0], item.asks[0].prompt
-    line, found = _line(request, spoken, prompt)
+    line, found = _line(request, voice.utterance(item.asks[0], spoken))
     caption, entities = line.text, line.entities
     notes = [*item.decoded.warnings, *found]
     content = captions.file_bytes(caption)
     standing = _standing(request)
     answers = [
-        answered(question, ask.prompt, answer)
+        voice.answered(question, ask, answer)
         for question, ask, answer in zip(request.questions, item.asks[1:], said[1:], strict=True)
     ]
-    match = _match(request, matcher, spoken, standing.persons)
+    match = _match(request, voice, spoken, standing.persons)
     if match and not match["fits"]:
         notes.append(f"The line does not seem to fit the picture (score {match['score']:+.2f}): have a look at it.")
     sidecar: dict[str, Any] = {
@@ -267,7 +265,7 @@ def _finish(item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: re
         "prompt": prompt,
         "model": model.name,
         "revision": _revision(model.path),
-        "precision": matcher.captioner.precision,
+        "precision": voice.precision,
         "seconds": round(sum(answer.seconds for answer in said), 3),
         "source": request.source.name,
         "sha256": item.source.sha256,
@@ -297,11 +295,11 @@ def _finish(item: _Prepared, said: Sequence[Spoken], matcher: Matcher, model: re
     return JobResult(facts, outputs)
 
 
-def _match(request: CaptionRequest, matcher: Matcher, said: Spoken, persons: str | None) -> dict[str, Any] | None:
+def _match(request: CaptionRequest, voice: Voice, said: Spoken, persons: str | None) -> dict[str, Any] | None:
     """How well the line that counts fits the picture: a person's, else the model's own. None where nobody asks."""
-    if not (matcher.is_cheap if request.check is None else request.check):
+    if not (voice.is_scoring_cheap if request.check is None else request.check):
         return None
-    (found,) = matcher.scores(said.latents[None], [f" {persons}" if persons else said.answer])
+    found = voice.score(said, persons)
     return {**found.to_json(), "by": "person" if persons else "fastsd"}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration, Kosmos2Processor
 from transformers.utils import logging as transformers_logging
 
 from handlers.caption.memory import free_memory
@@ -18,7 +19,34 @@ from handlers.caption.precision import CHOICES, Machine, Precision, choose
 from handlers.context import Waiting
 from sessions.refusal import Refusal
 
-FETCH = "fastsd models get kosmos-2"
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of captioner.
+
+    Attributes:
+        name: by which ``fastsd models get`` fetches it.
+        classes: what transformers' names of its classes begin with.
+    """
+
+    name: str
+    classes: str
+
+    @property
+    def fetch(self) -> str:
+        """The command that fetches it."""
+        return f"fastsd models get {self.name}"
+
+    def part(self, ending: str) -> Any:
+        """One of its classes: ``Config``, ``Processor``, ``ForConditionalGeneration``."""
+        return getattr(transformers, f"{self.classes}{ending}")
+
+
+KOSMOS_2 = Kind("kosmos-2", "Kosmos2")
+BLIP_2 = Kind("blip-2", "Blip2")
+FLORENCE_2 = Kind("florence-2", "Florence2")
+# By the model_type of config.json.
+_KINDS = {"kosmos-2": KOSMOS_2, "blip-2": BLIP_2, "florence2": FLORENCE_2}
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,7 +65,16 @@ class Loaded:
     precision: Precision
 
 
-def load(folder: Path, device: str, precision: str = "auto") -> Loaded:
+def kind_of(folder: Path) -> Kind:
+    """What lies in a transformers folder; Kosmos-2 where it cannot be told: loading then says what is wrong."""
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return KOSMOS_2
+    return _KINDS.get(str(settings.get("model_type")) if isinstance(settings, dict) else "", KOSMOS_2)
+
+
+def load(folder: Path, device: str, precision: str = "auto", kind: Kind = KOSMOS_2) -> Loaded:
     """Load a transformers folder, without the network.
 
     Raises:
@@ -48,13 +85,13 @@ def load(folder: Path, device: str, precision: str = "auto") -> Loaded:
     if precision not in CHOICES:
         raise Refusal("precision", f"There is no precision {precision!r}.", f"Choose one of: {', '.join(CHOICES)}.")
     try:
-        processor = Kosmos2Processor.from_pretrained(folder, local_files_only=True)
-        parameters = _parameters(folder)
+        processor = kind.part("Processor").from_pretrained(folder, local_files_only=True)
+        parameters = _parameters(folder, kind)
         kept = choose(parameters, machine_of(device)) if precision == "auto" else _checked(precision, device)
-        model = _model(folder, device, kept)
+        model = _model(folder, device, kept, kind)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Waiting(
-            f"The captioner in {folder} cannot be loaded ({error}). Fetch it again: {FETCH}",
+            f"The captioner in {folder} cannot be loaded ({error}). Fetch it again: {kind.fetch}",
             retry_after=300.0,
         ) from error
     return Loaded(model, processor, kept)
@@ -86,15 +123,17 @@ def _checked(precision: str, device: str) -> Precision:
     return precision  # type: ignore[return-value]
 
 
-def _parameters(folder: Path) -> int:
+def _parameters(folder: Path, kind: Kind) -> int:
     """How many weights a folder holds, from its configuration alone."""
     with torch.device("meta"):
-        model = Kosmos2ForConditionalGeneration(Kosmos2Config.from_pretrained(folder, local_files_only=True))
+        model = kind.part("ForConditionalGeneration")(
+            kind.part("Config").from_pretrained(folder, local_files_only=True)
+        )
     return sum(weight.numel() for weight in model.parameters())
 
 
-def _model(folder: Path, device: str, precision: Precision) -> Any:
-    load_model = Kosmos2ForConditionalGeneration.from_pretrained
+def _model(folder: Path, device: str, precision: Precision, kind: Kind) -> Any:
+    load_model = kind.part("ForConditionalGeneration").from_pretrained
     if precision in _TYPES:
         return load_model(folder, dtype=_TYPES[precision], local_files_only=True).eval().to(device)
     if torch.device(device).type == "cuda":
@@ -124,7 +163,7 @@ def quantized(model: Any) -> Any:
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
-def require_square(processor: Any, side: int) -> None:
+def require_square(processor: Any, side: int, kind: Kind = KOSMOS_2) -> None:
     """Check that the processor stretches the whole picture to side × side, so that boxes map as x · width, y · height.
 
     A plain CLIP processor keeps the aspect and cuts the ends off instead, and says nothing.
@@ -140,7 +179,7 @@ def require_square(processor: Any, side: int) -> None:
     if not (stretched and uncut):
         raise Waiting(
             f"The captioner's processor does not stretch pictures to {side} × {side} (size {size}, crop {crop}): "
-            f"its boxes would be wrong. Fetch it again: {FETCH}",
+            f"its boxes would be wrong. Fetch it again: {kind.fetch}",
             retry_after=300.0,
         )
 

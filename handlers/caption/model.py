@@ -15,18 +15,15 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from handlers.caption.batches import Pace, batch_size, in_batches, picture_bytes
-from handlers.caption.load import Loaded, load, require_square
-from handlers.caption.memory import free_memory
+from handlers.caption.device import RESERVE, free_on, give_back, most_on
+from handlers.caption.load import KOSMOS_2, Loaded, kind_of, load, require_square
 from handlers.caption.precision import Precision
 from handlers.caption.prompts import MOST_TOKENS
+from sessions.refusal import Refusal
 
-# More are hardly faster: on a CPU the gain is 1.9, 2.6 and 3.1 at 2, 4 and 8.
-_MOST_ON_CPU = 8
-_MOST_ON_GPU = 32
-_RESERVE = 256 << 20
 # Two things may be alike in all words, so the runs that may not come twice must be longer than a phrase with its tags.
 # At 3, as often advised, "a small green heart and a small green moon" cannot be said.
-_LONGEST_RUN = 12
+LONGEST_RUN = 12
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -58,22 +55,23 @@ class Spoken:
         raw: the prompt and what follows it, tags and all.
         answer: what follows the prompt.
         seconds: this answer's share of the time.
-        latents: [64, width]: what the model saw.
+        latents: [64, width]: what the model saw; None where nothing asks for it again.
     """
 
     raw: str
     answer: str
     seconds: float
-    latents: torch.Tensor = field(compare=False, repr=False)
+    latents: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
-class _Halt(StoppingCriteria):
+class Halt(StoppingCriteria):
     """Ends generation at the next token once ``halted`` says so."""
 
     def __init__(self, halted: Callable[[], bool]) -> None:
         self._halted = halted
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """[texts]: whether each has ended."""
         return torch.full((input_ids.shape[0],), self._halted(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -111,7 +109,7 @@ class Captioner:
         self.side: int = model.config.vision_config.image_size
         require_square(processor, self.side)
         self.device: torch.device = model.device
-        self.pace = Pace(_MOST_ON_GPU if self.device.type == "cuda" else _MOST_ON_CPU)
+        self.pace = Pace(most_on(self.device))
         self._fitting = fitting or self._fits
         self._layout = lru_cache(maxsize=256)(self._laid_out)
 
@@ -120,8 +118,12 @@ class Captioner:
         """Load a transformers folder, without the network.
 
         Raises:
+            Refusal: it is another captioner, whose inside this cannot use.
             Waiting: the folder cannot be loaded, or not in this precision on this machine.
         """
+        if (kind := kind_of(folder)) is not KOSMOS_2:
+            what = f"This needs Kosmos-2, and the captioner in {folder} is {kind.name}."
+            raise Refusal("captioner", what, f"Name kosmos-2 instead, or fetch it: {KOSMOS_2.fetch}")
         loaded: Loaded = load(folder, device, precision)
         return cls(loaded.model, loaded.processor, loaded.precision)
 
@@ -270,14 +272,14 @@ class Captioner:
             max_new_tokens=asks[0].most_tokens,
             do_sample=False,
             num_beams=1,
-            no_repeat_ngram_size=_LONGEST_RUN,
+            no_repeat_ngram_size=LONGEST_RUN,
             repetition_penalty=1.0,
             bad_words_ids=self._spellings(asks[0].never) or None,
             use_cache=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([_Halt(halted)]),
+            stopping_criteria=StoppingCriteriaList([Halt(halted)]),
         )
         if halted():
             raise Interrupted
@@ -302,17 +304,10 @@ class Captioner:
             tokens=2 * self.model.config.latent_query_num + max(MOST_TOKENS.values()),
             element=self.dtype.itemsize,
         )
-        return batch_size(self._free(), _RESERVE, each, self.pace.most)
-
-    def _free(self) -> int:
-        if self.device.type != "cuda":
-            return free_memory()
-        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(torch.cuda.mem_get_info(self.device)[0]) + held
+        return batch_size(free_on(self.device), RESERVE, each, self.pace.most)
 
     def _recover(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from handlers.models.catalogue import Entry
 from sessions import files
 from sessions.refusal import Refusal
 
-_SETTINGS = ("*.json", "*.txt", "*.model", "LICENSE*")
+_SETTINGS = ("*.json", "*.txt", "*.model", "*.spm", "LICENSE*")
 _LEFT_OUT = ("*.fp16.*", "*non_ema*", "*ema_only*", "*.msgpack", "*flax*", "*openvino*", "*.onnx*", "*.fp16-*")
 _FREE_AFTER = 1 << 30
 

@@ -44,6 +44,8 @@ class Entry:
 _SD = ("unet", "vae", "text_encoder")
 _SDXL = (*_SD, "text_encoder_2")
 _FLUX = ("transformer", "vae", "text_encoder", "text_encoder_2")
+# opus-mt has one model a pair of languages; these are the pairs that are known by name.
+_OPUS_MT = dict.fromkeys(("de", "es", "fr", "it", "nl", "ru", "sv", "zh"), "CC-BY-4.0 or Apache-2.0, as its card says")
 
 _TABLE = (
     Entry("miniature", "sd1", "diffusers", 64, "epsilon", BUILT_IN, 21_000_000),
@@ -172,6 +174,30 @@ _TABLE = (
         licence="MIT",
     ),
     Entry(
+        "blip-2",
+        "blip2",
+        "captioner",
+        224,
+        "",
+        "Salesforce/blip2-opt-2.7b",
+        int(13.9 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT (its language model OPT: non-commercial)",
+    ),
+    Entry(
+        "florence-2",
+        "florence2",
+        "captioner",
+        768,
+        "",
+        "florence-community/Florence-2-large",
+        int(1.5 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+    Entry(
         "u2netp",
         "",
         SEGMENT,
@@ -207,6 +233,33 @@ _TABLE = (
         single=("isnet-general-use.onnx", "60920e99c45464f2ba57bee2ad08c919a52bbf852739e96947fbb4358c0d964a"),
         licence="Apache-2.0 (trained on DIS5K, which is for research)",
     ),
+    Entry(
+        "m2m100",
+        "m2m100",
+        "translator",
+        0,
+        "",
+        "facebook/m2m100_418M",
+        int(1.8 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+    *(
+        Entry(
+            f"opus-mt-en-{code}",
+            "marian",
+            "translator",
+            0,
+            "",
+            f"Helsinki-NLP/opus-mt-en-{code}",
+            int(0.3 * GIB),
+            index="config.json",
+            parts=("",),
+            licence=licence,
+        )
+        for code, licence in _OPUS_MT.items()
+    ),
 )
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _TABLE}
@@ -222,4 +275,6 @@ RESOLUTIONS: dict[tuple[str | None, str | None], int] = {
     ("sdxl", "v"): 1024,
     ("flux", "flow"): 1024,
     ("kosmos2", None): 224,
+    ("blip2", None): 224,
+    ("florence2", None): 768,
 }

@@ -57,7 +57,7 @@ class FolderContents:
 
 
 def folder_kind(folder: Path) -> str | None:
-    """``diffusers``, a kind of ``_MODEL_TYPES``, ``lora`` (peft), or what a component's configuration says; else None."""
+    """``diffusers``, a kind of ``_MODEL_TYPES``, ``lora`` (peft), or what a component's config says; else None."""
     if (folder / INDEX).is_file():
         return "diffusers"
     if (folder / "adapter_config.json").is_file():

@@ -20,7 +20,7 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
 _USUAL_RESOLUTION = 512
 GPU_FOR_SDXL = 12 * 1024**3
-_NOUNS = {"captioner": "captioner", "search": "search model"}
+_NOUNS = {"captioner": "captioner", "search": "search model", "translator": "translator"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Model:
 
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
-        family: sd1, sd2, sdxl, flux, kosmos2, clip or siglip; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, search, lora, vae, controlnet, adapter,
-            text-encoder, embedding or segment.
+        family: sd1, sd2, sdxl, flux, kosmos2, blip2, florence2, clip, siglip, m2m100 or marian; "" where it cannot be
+            told.
+        kind: checkpoint (one file), diffusers (a folder), captioner, search, translator, lora, vae, controlnet,
+            adapter, text-encoder, embedding or segment.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
@@ -81,7 +82,8 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 
     Args:
         name: a registered name, ``auto``, or a name, file or folder under ``models_folder`` (with or without suffix).
-        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner`` or ``search``.
+        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner``, ``search`` or
+            ``translator``.
         models_folder: the tree's ``Models/``; None where there is none.
         cache: the folder of downloads and built miniatures.
 
@@ -128,6 +130,8 @@ def _without_auto(name: str, wanted: frozenset[str]) -> str:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
     if "search" in wanted:
         return {"auto": "siglip2-base", "miniature": "miniature-search"}.get(name.lower(), name)
+    if "translator" in wanted:
+        return name
     return auto_base(0) if name.lower() == "auto" else name
 
 

@@ -19,6 +19,7 @@ from handlers.caption.job import CaptionHandler
 from handlers.caption.memory import UNKNOWN, free_memory
 from handlers.caption.model import Ask, Captioner, Spoken
 from handlers.caption.prompts import BRIEF, DETAILED, Question
+from handlers.caption.voice import KosmosVoice
 from handlers.context import JobContext, JobResult
 from handlers.models import miniature
 from handlers.models.miniature import world
@@ -159,7 +160,9 @@ def test_a_picture_that_is_too_much_alone_costs_only_itself(
             JobContext(index, "caption", payload, "cpu", cache, lambda *_: None, lambda: False, lambda: False)
         )
     (tmp_path / "1.png").write_bytes(b"no picture at all")
-    loaded = handler._loaded(folder, "cpu", "auto").captioner
+    voice = handler._loaded(folder, "cpu", "auto")
+    assert isinstance(voice, KosmosVoice)
+    loaded = voice.captioner
     pixels = loaded.pixels
 
     def huge(pictures: Sequence[Image.Image]) -> torch.Tensor:
