@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_daemon(commands)
     _add_looks(commands)
     _add_oneoffs(commands)
+    _add_lora(commands)
     _add_models(commands)
     _add_service(commands)
     return parser
@@ -178,6 +179,24 @@ def _add_caption(parser: _Parser) -> None:
     add("--precision", choices=precisions, default="auto", help="how the model computes (default: by the machine)")
     add("--features", type=Path, metavar="F", help="write what the model sees to this safetensors file, too")
     add("--check", action="store_true", help="score how well each line fits its picture")
+
+
+def _add_lora(commands: argparse._SubParsersAction[_Parser]) -> None:
+    lora = commands.add_parser("lora", help="LoRAs: convert between layouts, merge into a model")
+    actions = lora.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    convert = _command(actions, "convert", "lora:convert", "kohya's names (WebUIs) or diffusers' and peft's")
+    convert.add_argument("source", type=Path, metavar="SRC", help="a .safetensors file, or a peft folder")
+    convert.add_argument("out", type=Path, metavar="DST", help="the .safetensors file to make")
+    convert.add_argument("--to", choices=("kohya", "diffusers"), default="kohya", help="default: kohya")
+    convert.add_argument("--family", choices=("sd1", "sd2", "sdxl"), help="where the file does not tell")
+    merge = _command(actions, "merge", "lora:merge", "write a model with LoRAs merged into it")
+    merge.add_argument("source", type=Path, metavar="BASE", help="a Diffusers folder or one file")
+    merge.add_argument("loras", type=Path, nargs="+", metavar="LORA", help="in any layout")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to make")
+    merge.add_argument(
+        "--weight", type=float, action="append", metavar="W", help="one for all, or one each (default 1)"
+    )
+    merge.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="the precision (default: as it is)")
 
 
 def _add_models(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -86,7 +86,7 @@ def subject_file(session: Session, kind: str, stored: Mapping[str, Any]) -> str:
     """The file of the session that a job is about, beside which its errors are told; "" when there is none."""
     if kind == "train":
         return str(stored.get("spec_record", {}).get("path", ""))
-    if kind == "convert":
+    if kind == "convert" and "source" not in stored:
         # Its source is a folder of ours that nobody looks into: the train.yaml that asked for the run is looked at.
         run = session.manifest.get("train", str(stored.get("run", ""))) or {}
         return str((run.get("spec_record") or {}).get("path", ""))
@@ -112,7 +112,7 @@ def record_refused(session: Session, kind: str, stored: Mapping[str, Any], refus
     write_error(session.folder / subject, refusal)
     record: Record = {"kind": "refused", "source": subject, "job": kind, **refusal.to_json()}
     stamp = stored.get("spec_record", stored if "source" in stored else {})
-    record |= {key: stamp[key] for key in ("size", "mtime_ns", "sha256") if key in stamp}
+    record |= {key: stamp[key] for key in ("size", "mtime_ns", "sha256", "params") if key in stamp}
     session.manifest.append([record])
 
 
@@ -155,7 +155,12 @@ def revive_run(session: Session, run: str) -> None:
 
 
 def tidy_after_convert(session: Session, stored: Mapping[str, Any]) -> None:
-    """The model's file is proven: what it was made from, and the checkpoints of its run, need no room any more."""
+    """The model's file is proven: what it was made from, and the checkpoints of its run, need no room any more.
+
+    A folder that another trainer made is a person's, and stays.
+    """
+    if "finished" not in stored:
+        return
     shutil.rmtree(session.folder / stored["finished"], ignore_errors=True)
     shutil.rmtree(session.folder / layout.PRIVATE / "frozen" / stored["run"], ignore_errors=True)
     checkpoints = session.folder / layout.CHECKPOINTS

@@ -11,7 +11,9 @@ from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.jobs import JobRequest
 from daemon.looks import hints, unmet_wish
+from daemon.pipelines import plan_pipelines
 from daemon.prepare import base_name, wants_generated
+from daemon.refusals import refuse, remove_refusal
 from daemon.routing import (
     PictureRules,
     SpecRecord,
@@ -28,7 +30,6 @@ from daemon.sheet import crops_of, remove_sheet, sheet_request
 from handlers.context import Waiting
 from handlers.models import registry
 from sessions import layout
-from sessions.errors import error_path, remove_error, write_error
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
 from sessions.wishes import CODE
@@ -38,6 +39,8 @@ FEWEST_PICTURES = 3
 _MANY = 2000
 _SHEET_REST = 10.0
 """Seconds without a change after which the contact sheet is drawn."""
+_PIPELINE_RESTS = 5.0
+"""Settle times without a change after which a whole Diffusers folder is taken: more of it may be on its way."""
 
 
 @dataclass
@@ -123,6 +126,7 @@ class Planner:
         self._tell_of_wishes(session, pictures)
         self._plan_run(session, pictures, plan)
         self._plan_looks(session, pictures, plan)
+        self._plan_pipelines(session, shape, plan)
         plan.requests += convert_requests(session)
         if self.settings.webui.kind != "none":
             plan.requests += [
@@ -168,6 +172,16 @@ class Planner:
             plan.look_again(max(0.5, rest))  # while pictures arrive, it would be drawn for each of them
         else:
             plan.requests.append(request)
+
+    def _plan_pipelines(self, session: Session, shape: layout.Shape, plan: Plan) -> None:
+        """Models that another trainer left in the session."""
+        quiet, needed = self.quiet_for(session), self.quiet_needed()
+        rest = min(needed, _PIPELINE_RESTS * self.settings.watch.settle)
+        requests, waits, again_in = plan_pipelines(session, self.index, shape, quiet=quiet, rest=rest, needed=needed)
+        plan.requests += requests
+        plan.waits += waits
+        if again_in is not None:
+            plan.look_again(again_in)
 
     def _plan_run(self, session: Session, pictures: Pictures, plan: Plan) -> None:
         runs = recorded_runs(session)
@@ -244,51 +258,11 @@ class Planner:
         return found
 
 
-def refuse(session: Session, name: str, refusal: Refusal, **stamp: str) -> None:
-    """A file of a person's that cannot be used: told beside it, once.
-
-    Args:
-        session: where it lies.
-        name: its path there.
-        refusal: what is wrong with it.
-        stamp: ``job``, and what else the manifest should keep of it.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    write_error(session.folder / name, refusal)
-    known = session.manifest.get("refused", name) or {}
-    line = {"kind": "refused", "source": name, **stamp, **refusal.to_json()}
-    if any(known.get(key) != value for key, value in line.items()):
-        session.manifest.append([line])
-
-
 def _remove_old_refusal(session: Session, name: str, record: SpecRecord) -> None:
     """What a run said against an earlier saving of its train.yaml no longer holds."""
     known = session.manifest.get("refused", name) or {}
     if known.get("job") == "train" and not record.matches(SpecRecord.from_json(known)):
         remove_refusal(session, name, "train")
-
-
-def remove_refusal(session: Session, name: str, job: str) -> None:
-    """What was said against a file no longer holds.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    known = session.manifest.get("refused", name)
-    if known is not None and known.get("job") == job:
-        session.manifest.append([{"kind": "refused", "source": name, "gone": True}])
-        remove_error(session.folder / name)
-
-
-def standing_errors(session: Session) -> list[tuple[str, str]]:
-    """The files of a session that were refused and not mended yet: (file, what is wrong, with its line)."""
-    return [
-        (str(record["source"]), f"line {record['line']}: " * bool(record.get("line")) + str(record.get("what", "")))
-        for record in session.manifest.of_kind("refused")
-        if error_path(session.folder / str(record["source"])).exists()
-    ]
 
 
 def _wants_publication(session: Session, run: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from daemon.config import Settings
 from daemon.index import Fact, Index
+from daemon.pipelines import pipeline_at
 from daemon.routing import PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
@@ -23,6 +24,8 @@ from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
 from sessions.manifest import outputs_present
 from sessions.spec import TrainSpec, parse_spec
+
+_CONVERTED = ("run", "sha256", "bytes", "family", "prediction", "verified", "seconds")
 
 
 class Gone(Exception):  # noqa: N818 - it says what is the case
@@ -202,14 +205,45 @@ class Preparer:
             "pictures": training_pictures(session, self.index),
         }
 
+    def _convert_pipeline(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """A Diffusers folder of another trainer, unchanged since it was looked at."""
+        index = self._source(session, stored)
+        found = pipeline_at(session, self.index, stored["source"])
+        if found is None or stored["params"] != {"digest": found.digest} or not all(map(self._stands, found.files)):
+            message = f"{index.parent} has changed since"
+            raise Gone(message)
+        done = session.manifest.get("convert", stored["source"]) or {}
+        if done.get("params") == stored["params"]:
+            message = f"{index.parent} has its model"
+            raise Gone(message)
+        payload = self._conversion(session, stored, index.parent)
+        if done.get("outputs") and outputs_present(session.folder, done):
+            # Touched or copied, it may be what it was: then nothing is made anew.
+            outputs = [os.fspath(session.folder / output) for output in done["outputs"]]
+            payload["known"] = {"outputs": outputs, "facts": {key: done.get(key) for key in _CONVERTED}}
+        return payload
+
+    def _stands(self, fact: Fact) -> bool:
+        """Whether a file is as the index knows it."""
+        try:
+            found = (self.root / fact.path).lstat()
+        except OSError:
+            return False
+        return (found.st_size, found.st_mtime_ns) == (fact.size, fact.mtime_ns)
+
     def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
+        if "source" in stored:
+            return self._convert_pipeline(session, stored)
         if session.manifest.get("convert", stored["run"]) is not None:
             message = f"run {stored['run']} has its model"
             raise Gone(message)
+        return self._conversion(session, stored, session.folder / stored["finished"])
+
+    def _conversion(self, session: Session, stored: Mapping[str, Any], source: Path) -> dict[str, Any]:
         metadata, preview = stored.get("metadata", {}), stored.get("preview")
         name = layout.model_stem(metadata.get("title") or session.name, stored["run"])
         return {
-            "source": os.fspath(session.folder / stored["finished"]),
+            "source": os.fspath(source),
             "output": os.fspath(session.folder / f"{name}.safetensors"),
             "dtype": None,
             "metadata": metadata,

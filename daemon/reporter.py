@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from daemon.blocked import BlockedFolders
 from daemon.jobs import Job, JobState
-from daemon.planner import Plan, standing_errors
+from daemon.planner import Plan
+from daemon.refusals import standing_errors
 from daemon.session import Session
 from daemon.sheet import KIND as SHEET
 from daemon.status import STALE_AFTER, describe_session, local_now, session_json, write_status
 from daemon.tree import State as TreeState
 from sessions.files import write_json, write_text
-from sessions.layout import STATUS, Role, place_of
+from sessions.layout import PIPELINE_INDEX, STATUS, Role, place_of
 from sessions.status import SessionStatus, render
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Reporter:
 
     def _survey(self, session: Session) -> _Survey:
         if session.path not in self._surveys:
-            pictures, others = 0, []
+            pictures, others, pipelines = 0, [], []
             for fact in self._daemon.index.under(session.path):
                 place = place_of(fact.path, self._daemon.router.shape)
                 if place is None or place.session != session.path:
@@ -229,6 +230,10 @@ class Reporter:
                 pictures += place.role is Role.PICTURE
                 if place.role is Role.OTHER:
                     others.append(place.relative)
+                elif place.role is Role.PIPELINE:
+                    pipelines.append(place.relative.removesuffix(PIPELINE_INDEX))
+            # What lies beside a model_index.json is that model's.
+            others = [name for name in others if not name.startswith(tuple(pipelines))]
             skipped = self._daemon.tree.skipped
             others += [session.relative(path) for path in skipped if path.startswith(session.tree_path(""))]
             self._surveys[session.path] = _Survey(pictures, tuple(others))

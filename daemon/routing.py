@@ -149,11 +149,15 @@ class SpecRecord:
 
     def run_id(self, session: str) -> str:
         """The id of the run that this saving asks for: its date and four hex digits; the same after any restart."""
-        # Any number can stand as a file's time; a calendar has an end.
-        seconds = min(max(self.mtime_ns // 10**9, 0), _LAST_SECOND)
-        date = datetime.fromtimestamp(seconds, UTC).strftime("%y%m%d")
-        digest = hashlib.sha256(f"{session}:{self.sha256}:{self.mtime_ns // 10**9}".encode()).hexdigest()
-        return f"{date}-{digest[:4]}"
+        seconds = self.mtime_ns // 10**9
+        return run_name(seconds, hashlib.sha256(f"{session}:{self.sha256}:{seconds}".encode()).hexdigest())
+
+
+def run_name(seconds: int, digest: str) -> str:
+    """The id of what was asked for at a time (seconds since the epoch): its date and four hex digits."""
+    # Any number can stand as a file's time; a calendar has an end.
+    date = datetime.fromtimestamp(min(max(seconds, 0), _LAST_SECOND), UTC).strftime("%y%m%d")
+    return f"{date}-{digest[:4]}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from daemon.jobs import Job
-from daemon.planner import Plan, standing_errors
+from daemon.planner import Plan
+from daemon.refusals import standing_errors
 from daemon.session import Session
 from daemon.sheet import KIND as SHEET
 from sessions import layout

@@ -54,6 +54,8 @@ ONE_OFF_KINDS: dict[str, Kind] = {
     for kind in (
         Kind("attention", "handlers.caption.look:AttentionHandler", "gpu", silence=1800.0),
         Kind("features", "handlers.caption.look:FeaturesHandler", "gpu", silence=1800.0),
+        Kind("lora-convert", "handlers.convert.lora_job:LoraConvertHandler", "cpu", silence=1800.0),
+        Kind("lora-merge", "handlers.convert.lora_job:LoraMergeHandler", "cpu", silence=1800.0),
         Kind("export", "handlers.caption.onnx_export:ExportHandler", "cpu", silence=7200.0),
     )
 }

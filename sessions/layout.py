@@ -34,6 +34,8 @@ SPEC_NAMES = ("train.yaml", "train.yml", "train.yaml.txt")
 WISHES_NAMES = ("crop.txt", "crop.txt.txt")
 SHEET = f"{PREVIEWS}/crops.jpg"
 ERROR_SUFFIX = ".error.txt"
+PIPELINE_INDEX = "model_index.json"
+"""What makes a folder a model in Diffusers' layout."""
 
 OWN_FOLDERS = frozenset({CROPS, PREVIEWS, CHECKPOINTS, RUNS, PRIVATE})
 PICTURE_SUFFIXES = frozenset(
@@ -56,6 +58,7 @@ class Role(StrEnum):
     SPEC = "spec"
     WISHES = "wishes"
     MODEL = "model"
+    PIPELINE = "pipeline"
     OWN = "own"
     OTHER = "other"
 
@@ -170,6 +173,8 @@ def role_in_session(relative: str) -> Role:
         return Role.PICTURE
     if lower.endswith(".txt"):
         return Role.CAPTION
+    if name == PIPELINE_INDEX and not OWN_FOLDERS.union((MODELS,)).intersection(folders):
+        return Role.PIPELINE
     if lower.endswith(".json") and (not folders or folders[0] == CAPTIONS):
         return Role.OWN  # sidecars of models and of captions
     if not folders and _MODEL_YAML.search(lower):

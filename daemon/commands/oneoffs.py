@@ -228,8 +228,10 @@ def inspect(arguments: argparse.Namespace) -> int:
             continue
         print(found["file"])
         for key, value in found.items():
-            if key not in ("file", "problems") and value is not None:
-                print(f"  {key:<11} {value}")
+            if key not in ("file", "problems", "metadata") and value is not None:
+                print(f"  {key:<11} {value:,}" if key == "parameters" else f"  {key:<11} {value}")
+        for key, value in found["metadata"].items():
+            print(f"  {key} = {value}")
         for problem in found["problems"]:
             print(f"  problem     {problem}")
     return FAILED if problems else DONE

@@ -27,9 +27,9 @@ def cast(raw: bytes, source: str, target: str) -> bytes:
     """
     if source == target:
         return raw
-    values = _decode(raw, source)
-    encoded = _encode(values, target)
-    again = _decode(encoded, target)
+    values = decode(raw, source)
+    encoded = encode(values, target)
+    again = decode(encoded, target)
     if not np.array_equal(np.isfinite(again), np.isfinite(values)):
         # Not nanmax: a signalling NaN beside a number makes it NaN.
         largest = float(np.abs(values[np.isfinite(values)]).max())
@@ -37,13 +37,15 @@ def cast(raw: bytes, source: str, target: str) -> bytes:
     return encoded
 
 
-def _decode(raw: bytes, dtype: str) -> NDArray[Any]:
+def decode(raw: bytes, dtype: str) -> NDArray[Any]:
+    """Values as numpy has them: bfloat16 as float32."""
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(raw, _NUMPY[dtype])
 
 
-def _encode(values: NDArray[Any], dtype: str) -> bytes:
+def encode(values: NDArray[Any], dtype: str) -> bytes:
+    """Values in a type, rounded to nearest; what is too large becomes infinite."""
     # Signalling NaNs and numbers that are too large are looked for by the caller.
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype != "BF16":

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert.ask import DTYPES, Converted, Verify, Weights
 from handlers.convert.folder import convert_single
-from handlers.convert.single import convert
+from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
 from sessions import files
 from sessions.refusal import Refusal
@@ -23,8 +23,9 @@ class ConvertHandler:
 
         Payload: ``source`` (a Diffusers folder, or one file), ``output`` (one file, or the folder to make), ``dtype``
         (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
-        beside the model), ``run``, ``vae`` (another one to put in, or ``none``); of a file also ``like`` (a Diffusers
-        folder of the same shape) and ``weights``.
+        beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
+        of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
+        (a Diffusers folder of the same shape) and ``weights``.
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -32,6 +33,8 @@ class ConvertHandler:
         """
         payload = context.payload
         source, output = Path(payload["source"]), Path(payload["output"])
+        if (known := payload.get("known")) and is_converted(source, Path(known["outputs"][0])):
+            return JobResult(facts=dict(known["facts"]), outputs=[Path(output) for output in known["outputs"]])
         files.sweep_temporaries(output.parent)
 
         def progress(done: int, total: int, note: str) -> None:

@@ -45,6 +45,9 @@ class Sources:
             OSError: a source cannot be read or ended early.
             ValueError: a value does not fit into the type asked for.
         """
+        if entry.made:
+            yield entry.made(self, entry)
+            return
         for piece in entry.pieces:
             descriptor = self.descriptor(piece.file)
             step = piece.length if piece.turned else _BLOCK
@@ -97,7 +100,7 @@ def converted(raw: bytes, piece: Piece, entry: Entry) -> bytes:
 
 def is_copied(entry: Entry) -> bool:
     """Whether a tensor's bytes are those of its source."""
-    return all(piece.dtype == entry.dtype and piece.turned is None for piece in entry.pieces)
+    return not entry.made and all(piece.dtype == entry.dtype and piece.turned is None for piece in entry.pieces)
 
 
 def copy_range(source: int, out: IO[bytes], begin: int, length: int) -> None:

@@ -6,13 +6,17 @@ So both directions, and the check of what was written, speak of the same thing: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from handlers.convert.header import TensorEntry, bytes_of
 from handlers.convert.keymap import Component, Match, Rule
 from sessions.refusal import Refusal
+
+if TYPE_CHECKING:
+    from handlers.convert.pieces import Sources
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -45,12 +49,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of an output: its key, type and shape there, and the pieces that it is made of, in order."""
+    """One tensor of an output: its key, type and shape there, and the pieces that it is made of, in order.
+
+    ``made``, where it is given, makes the bytes: of the pieces and more (a merged LoRA), or of no file at all.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    made: Callable[[Sources, Entry], bytes] | None = None
 
     @property
     def length(self) -> int:

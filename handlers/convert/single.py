@@ -141,6 +141,22 @@ def prove(file: Path, family: Family, found: Found, verify: Verify) -> None:
         compare_all(pairs)
 
 
+def is_converted(source: Path, file: Path) -> bool:
+    """Whether a file holds every byte of a Diffusers folder.
+
+    Raises:
+        Refusal: the folder cannot be converted.
+        OSError: reading failed.
+    """
+    family = FAMILIES[read_pipeline(source).family]
+    found = read_folder(source, family)
+    try:
+        prove(file, family, found, "all")
+    except (Unproven, Refusal):
+        return False
+    return True
+
+
 def _marks(pipeline: Pipeline) -> list[Entry]:
     """The empty tensors by whose names programs know an SDXL model that predicts the velocity (trap 5)."""
     if pipeline.family != "sdxl" or pipeline.prediction != "v":

@@ -144,3 +144,8 @@ def dtype_of(tensors: Mapping[str, TensorEntry]) -> str | None:
     """The one dtype of all floating tensors, ``mixed``, or None where there are none."""
     kinds = {entry.dtype for entry in tensors.values() if "F" in entry.dtype}
     return None if not kinds else kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+def parameters_of(tensors: Mapping[str, TensorEntry]) -> int:
+    """How many numbers the tensors hold."""
+    return sum(8 * entry.length // BITS[entry.dtype] for entry in tensors.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["Inspection", "folder_kind", "inspect", "prediction_of", "with_hashes
 # ComfyUI and Forge tell SD 2's v-prediction by the spread of this bias (checkpoints.md).
 _V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
+_PICTURE_HEAD = 24
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v", "v_prediction": "v", "v-prediction": "v", "flow": "flow"}
 
 
@@ -29,13 +31,16 @@ class Inspection:
     Attributes:
         file: the file or folder.
         kind, family, prediction: as in ``registry.Model``; None where they cannot be told.
-        variant: base, inpainting, refiner, dora …; None where there is none.
+        variant: base, inpainting, refiner, depth, dora …; None where there is none.
         format: safetensors, ckpt or diffusers; None for anything else.
         dtype: F16, BF16, F32 …, ``mixed`` for several; None where there are no weights.
         sha256: None until asked for (``with_hashes``), and for folders.
         autov2: its first ten digits, by which model managers know a file.
         safe: False if opening it the usual way could run code, or nobody can tell; None where it is no model.
         problems: sentences on what is wrong with it; whoever loads it will fail.
+        parameters: how many numbers its tensors hold; None where only opening it would tell.
+        layout: whose names a LoRA, a VAE or a part has: kohya, peft or diffusers; None where that is no question.
+        metadata: what its header says of it; the preview picture in it as its size.
     """
 
     file: str
@@ -49,6 +54,9 @@ class Inspection:
     autov2: str | None = None
     safe: bool | None = None
     problems: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    layout: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -103,7 +111,18 @@ def _safetensors(path: Path) -> Inspection:
         dtype=headers.dtype_of(header.tensors),
         safe=True,
         problems=problems,
+        parameters=headers.parameters_of(header.tensors),
+        layout=found.layout,
+        metadata=_shown(header.metadata),
     )
+
+
+def _shown(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without the kilobytes of pictures in them."""
+    return {
+        key: f"{value[:_PICTURE_HEAD]}… ({len(value):,} characters)" if value.startswith("data:") else value
+        for key, value in metadata.items()
+    }
 
 
 def _checkpoint(path: Path, zipped: bool) -> Inspection:
@@ -130,6 +149,7 @@ def _checkpoint(path: Path, zipped: bool) -> Inspection:
         dtype=None if not dtypes else dtypes.pop() if len(dtypes) == 1 else "mixed",
         safe=not contents.harmful,
         problems=problems,
+        layout=found.layout,
     )
 
 
@@ -145,6 +165,8 @@ def _folder(path: Path) -> Inspection:
         dtype=contents.dtype,
         safe=contents.safe,
         problems=contents.problems,
+        parameters=contents.parameters,
+        layout=contents.layout,
     )
 
 

@@ -61,6 +61,7 @@ class House:
         quiet: seconds since the tree moved, as the watcher would say.
         needed: seconds of quiet before a run.
         refuses: pictures' contents that the crop job refuses.
+        refuses_models: whether the conversion refuses.
         least: the right edge that a fixed box must reach to be large enough.
         faces: pictures' contents in which the crop job finds a face; in the others, what the caption's boxes show.
         entities: a picture's content → the entities of its caption.
@@ -80,6 +81,7 @@ class House:
         self.needed = 0.0
         self.now = 1000.0
         self.refuses: set[bytes] = set()
+        self.refuses_models = False
         self.least = 0.0
         self.faces: set[bytes] = set()
         self.entities: dict[bytes, list[dict[str, Any]]] = {}
@@ -250,6 +252,8 @@ class House:
             folder.mkdir(parents=True)
             (folder / "unet.bin").write_bytes(b"weights")
             return Outcome("done", facts={"run": payload["run"], "state": "finished", "finished": os.fspath(folder)})
+        if kind == "convert" and self.refuses_models:
+            return Outcome("refused", refusal=Refusal("source", "It is odd.", "Is it a model of another family?"))
         if kind == "convert":
             Path(payload["output"]).write_bytes(b"model")
             return Outcome("done", facts={"run": payload["run"], "bytes": 5}, outputs=(Path(payload["output"]),))

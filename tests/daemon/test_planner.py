@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from daemon.jobs import Job
-from daemon.planner import standing_errors
+from daemon.refusals import standing_errors
 from handlers.outcome import Outcome
 from sessions.manifest import Manifest
 from sessions.refusal import Refusal

@@ -82,6 +82,59 @@ def test_kind_family_prediction_and_variant(
     assert (found.format, found.dtype, found.safe, found.problems) == ("safetensors", "F16", True, [])
 
 
+def test_parameters_and_metadata(file: Path) -> None:
+    picture = "data:image/jpeg;base64," + "A" * 5000
+    write(file, FIRST, SD1, VAE, metadata={"modelspec.title": "zwx", "modelspec.thumbnail": picture})
+    found = inspect(file)
+    assert found.parameters == 24
+    assert found.metadata["modelspec.title"] == "zwx"
+    assert found.metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,A… (5,023 characters)"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        ({"lora_unet_a.lora_down.weight": (2, 2)}, ("lora", None, "kohya")),
+        ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 768)}, ("lora", "sd1", "kohya")),
+        ({"unet.down_blocks.0.attn2.to_k.lora_A.weight": (4, 1024)}, ("lora", "sd2", "peft")),
+        ({"base_model.model.down_blocks.0.attn2.to_k.lora_A.weight": (4, 2048)}, ("lora", "sdxl", "peft")),
+        ({"unet.down_blocks.0.attn2.processor.to_k_lora.down.weight": (4, 768)}, ("lora", "sd1", "diffusers")),
+        ({"emb_params": (4, 768)}, ("embedding", "sd1", None)),
+        ({"<zwx>": (768,)}, ("embedding", "sd1", "diffusers")),
+        ({"zwx": (3, 1024)}, ("embedding", "sd2", "diffusers")),
+        ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, ("text-encoder", "flux", None)),
+        (
+            {
+                "text_model.encoder.layers.0.mlp.fc1.weight": (4, 4),
+                "text_model.embeddings.token_embedding.weight": (9, 1280),
+            },
+            ("text-encoder", "sdxl", None),
+        ),
+        (
+            {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 16, 3, 3), "decoder.up_blocks.0.a": (1,)},
+            ("vae", "flux", "diffusers"),
+        ),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": (1,), "down_blocks.0.attn2.to_k.weight": (4, 1024)},
+            ("controlnet", "sd2", None),
+        ),
+        ({"lora_controlnet": (0,), "a.attn2.to_k.down": (4, 2048)}, ("controlnet", "sdxl", None)),
+        (
+            {
+                "conv_in.weight": (4, 9, 3, 3),
+                "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 768),
+            },
+            ("diffusers", "sd1", "diffusers"),
+        ),
+    ],
+)
+def test_loras_embeddings_and_parts_by_their_names_and_widths(
+    file: Path, shapes: Shapes, told: tuple[str, str | None, str | None]
+) -> None:
+    found = inspect(write(file, shapes=shapes))
+    assert (found.kind, found.family, found.layout) == told
+
+
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl"), (5, None)])
 def test_the_family_by_the_width_of_the_text(file: Path, width: int, family: str | None) -> None:
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
@@ -94,7 +147,9 @@ def test_the_family_by_the_width_of_the_text(file: Path, width: int, family: str
     assert (found.kind, found.family) == ("controlnet", family)
 
 
-@pytest.mark.parametrize(("channels", "variant"), [(4, "base"), (9, "inpainting"), (8, "instruct-pix2pix")])
+@pytest.mark.parametrize(
+    ("channels", "variant"), [(4, "base"), (9, "inpainting"), (8, "instruct-pix2pix"), (5, "depth")]
+)
 def test_the_variant_by_the_input_channels(file: Path, channels: int, variant: str) -> None:
     assert inspect(write(file, SD1, VAE, shapes={FIRST: (320, channels, 3, 3)})).variant == variant
 
@@ -130,9 +185,10 @@ def test_hashes_are_made_when_asked_for(file: Path) -> None:
     told = subprocess.run(["sha256sum", str(file)], capture_output=True, text=True, check=True, timeout=20).stdout
     assert hashed.sha256 == told.split()[0]
     assert hashed.autov2 == told[:10]
-    assert list(hashed.to_json()) == (
-        ["file", "kind", "family", "prediction", "variant", "format", "dtype", "sha256", "autov2", "safe", "problems"]
-    )
+    assert list(hashed.to_json()) == [
+        *("file", "kind", "family", "prediction", "variant", "format", "dtype", "sha256", "autov2", "safe"),
+        *("problems", "parameters", "layout", "metadata"),
+    ]
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -287,6 +343,21 @@ def test_folders_of_diffusers_and_transformers(folders: Path) -> None:
     found = inspect(folders / "captioner")
     assert (found.kind, found.family, found.safe, found.problems) == ("captioner", "kosmos2", True, [])
     assert "model_index.json" in inspect(folders).problems[0]
+
+
+def test_parts_of_a_folder_are_told_alone(folders: Path, tmp_path: Path) -> None:
+    for part, kind in (("vae", "vae"), ("text_encoder", "text-encoder")):
+        found = inspect(folders / "drawing" / part)
+        assert (found.kind, found.layout, found.problems) == (kind, "diffusers", [])
+        assert found.parameters
+    whole = inspect(folders / "drawing")
+    assert whole.parameters == sum(
+        inspect(weights).parameters or 0 for weights in (folders / "drawing").rglob("*.safetensors")
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write(tmp_path / "adapter_model.safetensors", "base_model.model.a.lora_A.weight")
+    found = inspect(tmp_path)
+    assert (found.kind, found.layout, found.problems) == ("lora", "peft", [])
 
 
 def test_what_a_folder_lacks_is_named(folders: Path, tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""The names of LoRA modules: kohya's flat ones and the dotted ones of diffusers and peft, read in both directions.
+
+kohya writes a module's path with ``_`` for every dot, and paths have ``_`` of their own. ``WORDS`` is the table: every
+word of a path that has one, and every other word that occurs. A flat name is divided into the longest words there are,
+which gives its path back, since no word followed by others of the table spells a longer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from handlers.convert.families import FAMILIES
+
+_WORDS = """
+diffusers' UNet
+    down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers transformer_blocks attn1 attn2
+    to_q to_k to_v to_out proj_in proj_out ff net proj conv conv1 conv2 conv_in conv_out conv_shortcut
+    time_emb_proj time_embedding add_embedding linear_1 linear_2
+the original UNet, which kohya trains for SDXL
+    input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op out
+    time_embed label_emb
+transformers' CLIP
+    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
+"""
+WORDS = frozenset(word for line in _WORDS.splitlines() if line.startswith(" ") for word in line.split())
+_ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+# How the beginnings of names mean components; the first is what is written.
+_KOHYA: Mapping[str, Mapping[str, str]] = {
+    "sd1": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    "sd2": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+}
+_TEXT = "text_model."
+LORA_FAMILIES = tuple(_KOHYA)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of a pipeline.
+
+    Attributes:
+        part: ``unet``, ``text_encoder`` or ``text_encoder_2``.
+        path: its dotted name there, as diffusers and transformers have it, without ``text_model.``.
+    """
+
+    part: str
+    path: str
+
+
+def flat(path: str) -> str:
+    """A path with ``_`` for its dots."""
+    return path.replace(".", "_")
+
+
+def dotted(name: str) -> str | None:
+    """The path that ``flat`` made this name of; None where a word is not in the table."""
+    pieces, words, place = name.split("_"), [], 0
+    while place < len(pieces):
+        for end in range(len(pieces), place, -1):
+            word = "_".join(pieces[place:end])
+            if word in WORDS or word.isdecimal():
+                words.append(word)
+                place = end
+                break
+        else:
+            return None
+    return ".".join(words)
+
+
+def from_kohya(name: str) -> Module | None:
+    """The module of a kohya name (``lora_unet_…``, without ``.lora_down.weight``); None where it is unknown."""
+    beginnings = {begin: part for table in _KOHYA.values() for part, begin in table.items()}
+    for begin, part in beginnings.items():
+        if name.startswith(begin):
+            path = dotted(name.removeprefix(begin))
+            return None if path is None else _canonical(part, path)
+    return None
+
+
+def to_kohya(module: Module, family: str) -> str | None:
+    """The kohya name of a module; None where the family has no such component.
+
+    Args:
+        module: the module.
+        family: one of ``LORA_FAMILIES``; SDXL's UNet is named as the original code names it, as kohya does.
+    """
+    begin = _KOHYA[family].get(module.part)
+    if begin is None:
+        return None
+    if module.part != "unet":
+        path = module.path if module.path == "text_projection" else _TEXT + module.path
+        return begin + flat(path)
+    if family != "sdxl":
+        return begin + flat(module.path)
+    unet = FAMILIES["sdxl"].drawing
+    match = unet.match_diffusers(module.path)
+    return None if match is None else begin + flat(match.single.removeprefix(unet.prefix))
+
+
+def from_diffusers(key: str) -> Module | None:
+    """The module of a dotted path that begins with its component, or is of one component alone (peft)."""
+    part, _, path = key.partition(".")
+    if part in ("unet", "text_encoder", "text_encoder_2"):
+        return _canonical(part, path)
+    path = key.removeprefix("base_model.model.")
+    is_text = path.startswith(("text_model.", "encoder.layers.", "text_projection"))
+    return _canonical("text_encoder" if is_text else "unet", path)
+
+
+def to_diffusers(module: Module) -> str:
+    """The dotted path that begins with its component, as diffusers saves it."""
+    text = _TEXT if module.part != "unet" and module.path != "text_projection" else ""
+    return f"{module.part}.{text}{module.path}"
+
+
+def _canonical(part: str, path: str) -> Module | None:
+    if part != "unet":
+        return Module(part, path.removeprefix(_TEXT))
+    if not path.startswith(_ORIGINAL):
+        return Module(part, path)
+    unet = FAMILIES["sdxl"].drawing
+    match = unet.match_single(unet.prefix + path)
+    return None if match is None else Module(part, match.parts[0])
