@@ -1,4 +1,6 @@
-"""The handler: one file from a Diffusers folder, or a folder from one file, proven before it gets its name."""
+"""The handler: one file from a Diffusers folder or a trained adapter, or a folder from one file; proven before it gets
+its name.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from handlers.context import JobContext, JobResult, Stopping
-from handlers.convert.ask import DTYPES, Converted, Verify, Weights
+from handlers.convert.adapter import convert_adapter, is_adapter, lora_facts, lora_sidecar, read_facts
+from handlers.convert.ask import DTYPES, Converted, Progress, Verify, Weights
 from handlers.convert.folder import convert_single
 from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
@@ -21,11 +24,11 @@ class ConvertHandler:
     def run(self, context: JobContext) -> JobResult:
         """Convert ``source`` to ``output``.
 
-        Payload: ``source`` (a Diffusers folder, or one file), ``output`` (one file, or the folder to make), ``dtype``
-        (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
+        Payload: ``source`` (a Diffusers folder, an adapter's, or one file), ``output`` (one file, or the folder to make),
+        ``dtype`` (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
         beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
         of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
-        (a Diffusers folder of the same shape) and ``weights``.
+        (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its base may lie).
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -36,42 +39,74 @@ class ConvertHandler:
         if (known := payload.get("known")) and is_converted(source, Path(known["outputs"][0])):
             return JobResult(facts=dict(known["facts"]), outputs=[Path(output) for output in known["outputs"]])
         files.sweep_temporaries(output.parent)
-
-        def progress(done: int, total: int, note: str) -> None:
-            context.progress(done, total, note)
-            if context.is_stopping():
-                raise Stopping
-
-        verify = _verify_of(payload.get("verify"))
         if source.is_file():
-            like = payload.get("like")
-            made = convert_single(
-                source,
-                output,
-                dtype=payload.get("dtype"),
-                verify=verify,
-                like=Path(like) if like else None,
-                weights=_weights_of(payload.get("weights")),
-                cache=context.cache,
-                device=context.device,
-                progress=progress,
-            )
+            made = _to_folder(context, source, output)
             return JobResult(facts=_facts(made, None, payload), outputs=[output])
-        made = convert(
-            source,
-            output,
-            dtype=payload.get("dtype"),
-            metadata=payload.get("metadata") or {},
-            verify=verify,
-            vae=_vae_of(payload.get("vae")),
-            device=context.device,
-            progress=progress,
-        )
+        if is_adapter(source):
+            made, of_lora = _adapter(context, source, output), lora_facts(read_facts(source), payload)
+            more = lora_sidecar(output.stem, of_lora)
+        else:
+            made, of_lora, more = _to_file(context, source, output), {}, {}
         digest = files.sha256_of(output)
         outputs = [output, *made.beside, *_write_preview(payload.get("preview"), output)]
         sidecar = output.with_suffix(".json")
-        files.write_json(sidecar, _summary(made, digest, payload))
-        return JobResult(facts=_facts(made, digest, payload), outputs=[*outputs, sidecar])
+        files.write_json(sidecar, {**_summary(made, digest, payload), **more})
+        return JobResult(facts={**_facts(made, digest, payload), **of_lora}, outputs=[*outputs, sidecar])
+
+
+def _progress(context: JobContext) -> Progress:
+    def progress(done: int, total: int, note: str) -> None:
+        context.progress(done, total, note)
+        if context.is_stopping():
+            raise Stopping
+
+    return progress
+
+
+def _to_folder(context: JobContext, source: Path, output: Path) -> Converted:
+    payload = context.payload
+    like = payload.get("like")
+    return convert_single(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        verify=_verify_of(payload.get("verify")),
+        like=Path(like) if like else None,
+        weights=_weights_of(payload.get("weights")),
+        cache=context.cache,
+        device=context.device,
+        progress=_progress(context),
+    )
+
+
+def _to_file(context: JobContext, source: Path, output: Path) -> Converted:
+    payload = context.payload
+    return convert(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        metadata=payload.get("metadata") or {},
+        verify=_verify_of(payload.get("verify")),
+        vae=_vae_of(payload.get("vae")),
+        device=context.device,
+        progress=_progress(context),
+    )
+
+
+def _adapter(context: JobContext, source: Path, output: Path) -> Converted:
+    payload = context.payload
+    models = payload.get("models")
+    return convert_adapter(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        metadata=payload.get("metadata") or {},
+        verify=_verify_of(payload.get("verify")),
+        models=Path(models) if models else None,
+        cache=context.cache,
+        device=context.device,
+        progress=_progress(context),
+    )
 
 
 def _facts(made: Converted, digest: str | None, payload: Mapping[str, Any]) -> dict[str, Any]:

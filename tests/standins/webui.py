@@ -13,9 +13,9 @@ It behaves as A1111 does (``--lazy``: as Forge does) wherever fastsd could notic
   at once and loads at the next picture, which fails. With ``--wedge`` the previous model fails too from then on, until
   a third one is chosen;
 - the picture is a function of the loaded file's bytes, the prompt and the seed, and its ``info`` names the hash;
-- LoRAs are listed at start and by their own refresh; a prompt that names one that is not listed has the folder read once
-  more, and one that is not there then, or cannot be loaded, is passed over with a line in the log; ``Lora hashes`` names
-  those that drew, each with 12 digits of the SHA-256 of what follows its header (kohya's hash).
+- LoRAs are listed at start and by their own refresh; a prompt that names one that is not listed has the folder read
+  once more, and one that is not there then, or cannot be loaded, is passed over with a line in the log; ``Lora hashes``
+  names those that drew, each with 12 digits of the SHA-256 of what follows its header (kohya's hash).
 
 Only the standard library is used, so that it starts quickly and in any environment.
 """
@@ -153,8 +153,8 @@ class Loras:
         known = {alias: lora for lora in self.listed for alias in (lora.alias, lora.name)}
         return known.get(name)
 
-    def load(self, name: str) -> tuple[Lora, str] | None:
-        """The LoRA that a prompt names, with its hash; None, and a line in the log, when it cannot be used."""
+    def load(self, name: str) -> str | None:
+        """The hash of the LoRA that a prompt names; None, and a line in the log, when it cannot be used."""
         if self.find(name) is None:
             self.scan()
         lora = self.find(name)
@@ -166,14 +166,14 @@ class Loras:
         except (ValueError, OSError) as error:
             print(f"*** Error loading network {lora.filename}: {error}", file=sys.stderr, flush=True)
             return None
-        return lora, self.hash_of(lora)
+        return self.hash_of(lora)
 
     def hash_of(self, lora: Lora) -> str:
         if "sshs_model_hash" in lora.metadata:
             return str(lora.metadata["sshs_model_hash"])
-        changed = os.path.getmtime(lora.filename)
+        changed = Path(lora.filename).stat().st_mtime
         if lora.name not in self.hashes or changed > self.hashes[lora.name][0]:
-            with open(lora.filename, "rb") as file:
+            with Path(lora.filename).open("rb") as file:
                 if lora.filename.endswith(".safetensors"):
                     (length,) = struct.unpack("<Q", file.read(8))
                     file.seek(8 + length)
@@ -387,10 +387,9 @@ class Engine:
             if self.loras is None:
                 print("Skipping unknown extra network: lora", flush=True)
                 break
-            loaded = self.loras.load(name)
-            if loaded is None:
+            digest = self.loras.load(name)
+            if digest is None:
                 continue
-            lora, digest = loaded
             effect += f"{digest}*{weight or 1}"
             if not (self.options.no_hashing or self.options.no_lora_hashes):
                 hashes[name.replace(",", "")] = digest[:12]
@@ -574,7 +573,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--models", "--ckpt-dir", type=Path, required=True, help="the folder of checkpoints")
-    parser.add_argument("--lora-dir", type=Path, help="the folder of LoRAs; without: Lora beside the checkpoints' folder")
+    parser.add_argument(
+        "--lora-dir", type=Path, help="the folder of LoRAs; without: Lora beside the checkpoints' folder"
+    )
     parser.add_argument("--no-loras", action="store_true", help="the extension for LoRAs is switched off")
     parser.add_argument("--no-lora-hashes", action="store_true", help="lora_add_hashes_to_infotext is switched off")
     parser.add_argument("--settings", "--ui-settings-file", type=Path, help="keeps the chosen model between starts")
