@@ -11,9 +11,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from handlers.context import Waiting
 from handlers.convert.ask import Converted, Progress, Verify, check_room, dtype_of, silent
 from handlers.convert.lora import Lora, Pair, plan_lora, read_lora
 from handlers.convert.lora_names import LORA_FAMILIES
@@ -26,6 +25,9 @@ from handlers.convert.write import write_safetensors
 from sessions import files
 from sessions.layout import lora_prompt
 from sessions.refusal import Refusal
+
+if TYPE_CHECKING:
+    from handlers.train.base import BaseModel
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers' ``load_lora_weights`` looks for in a folder."""
@@ -93,8 +95,7 @@ def convert_adapter(
     dtype: str | None = None,
     metadata: Mapping[str, object] | None = None,
     verify: Verify = "sample",
-    models: Path | None = None,
-    cache: Path | None = None,
+    base: BaseModel | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Converted:
@@ -106,10 +107,9 @@ def convert_adapter(
         dtype: fp32, fp16 or bf16; None keeps each tensor's type.
         metadata: title, date, trigger_phrase … for the header.
         verify: ``header``, ``sample`` or ``all`` (the file is read again and compared with its source), or ``forward``
-            (``all``, then the base computes with it what it computes with the source; imports torch). Where the base
-            is not on this machine any more, ``forward`` becomes ``all``.
-        models: the tree's Models folder, where the base may lie.
-        cache: the worker's cache folder, for the base.
+            (``all``, then the base computes with it what it computes with the source; imports torch). Without its
+            base ``forward`` becomes ``all``.
+        base: what it was trained on; None where that is not on this machine any more.
         device: for ``forward``.
         progress: called with (bytes done, bytes in all, what is done); may raise to stop.
 
@@ -140,11 +140,14 @@ def convert_adapter(
         write_safetensors(temporary, plan, adapter_header(facts, metadata or {}), wrote)
         progress(total, total, "checking")
         prove(read_lora(temporary, _VARIANTS), lora, verify)
-        if verify == "forward":
+        if verify == "forward" and base is not None:
+            from handlers.convert.adapter_forward import compare_adapters  # torch: only for this proof
+
             progress(total, total, "checking that it computes the same")
-            verify = _prove_forward(temporary, source, facts, models, cache, device)
+            compare_adapters(temporary, source / ADAPTER_FILE, base, facts, device)
         size = temporary.stat().st_size
-    return Converted(output, facts.pipeline, size, len(plan), verify, time.monotonic() - began)
+    verified = "all" if verify == "forward" and base is None else verify
+    return Converted(output, facts.pipeline, size, len(plan), verified, time.monotonic() - began)
 
 
 def _planned(lora: Lora, facts: AdapterFacts) -> list[Entry]:
@@ -236,20 +239,3 @@ def _compared(label: str, made: Located, wanted: Located) -> Compared:
         raise Unproven(f"{label} has the shape {tensor.shape}, not {shape}")
     piece = Piece(made.file, tensor.dtype, tensor.begin, tensor.length)
     return Entry(label, tensor.dtype, tensor.shape, (piece,)), wanted
-
-
-def _prove_forward(
-    file: Path, source: Path, facts: AdapterFacts, models: Path | None, cache: Path | None, device: str
-) -> Verify:
-    """Compute with both; returns how far it was proven."""
-    from handlers.convert.adapter_forward import compare_adapters  # torch: only for this proof
-    from handlers.train.base import find_base
-
-    if cache is None:
-        return "all"
-    try:
-        base = find_base(facts.base, models, cache)
-    except (Waiting, Refusal):
-        return "all"
-    compare_adapters(file, source / ADAPTER_FILE, base, facts, device)
-    return "forward"

@@ -1,14 +1,12 @@
-"""The handler: one file from a Diffusers folder or a trained adapter, or a folder from one file; proven before it gets
-its name.
-"""
+"""The handler: one file from a Diffusers folder or an adapter, or a folder from one file; proven before it is named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from handlers.context import JobContext, JobResult, Stopping
+from handlers.context import JobContext, JobResult, Stopping, Waiting
 from handlers.convert.adapter import convert_adapter, is_adapter, lora_facts, lora_sidecar, read_facts
 from handlers.convert.ask import DTYPES, Converted, Progress, Verify, Weights
 from handlers.convert.folder import convert_single
@@ -17,6 +15,9 @@ from handlers.convert.verify import Unproven
 from sessions import files
 from sessions.refusal import Refusal
 
+if TYPE_CHECKING:
+    from handlers.train.base import BaseModel
+
 
 class ConvertHandler:
     """The daemon's conversions: file, sidecar with hashes, preview picture."""
@@ -24,9 +25,9 @@ class ConvertHandler:
     def run(self, context: JobContext) -> JobResult:
         """Convert ``source`` to ``output``.
 
-        Payload: ``source`` (a Diffusers folder, an adapter's, or one file), ``output`` (one file, or the folder to make),
-        ``dtype`` (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
-        beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
+        Payload: ``source`` (a Diffusers folder, an adapter's, or one file), ``output`` (one file, or the folder to
+        make), ``dtype`` (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a
+        picture to lie beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
         of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
         (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its base may lie).
 
@@ -95,18 +96,28 @@ def _to_file(context: JobContext, source: Path, output: Path) -> Converted:
 
 def _adapter(context: JobContext, source: Path, output: Path) -> Converted:
     payload = context.payload
-    models = payload.get("models")
+    verify = _verify_of(payload.get("verify"))
     return convert_adapter(
         source,
         output,
         dtype=payload.get("dtype"),
         metadata=payload.get("metadata") or {},
-        verify=_verify_of(payload.get("verify")),
-        models=Path(models) if models else None,
-        cache=context.cache,
+        verify=verify,
+        base=_base_of(context, source) if verify == "forward" else None,
         device=context.device,
         progress=_progress(context),
     )
+
+
+def _base_of(context: JobContext, source: Path) -> BaseModel | None:
+    """What an adapter was trained on; None where it is not on this machine any more."""
+    from handlers.train.base import find_base  # torch: only for this proof
+
+    models = context.payload.get("models")
+    try:
+        return find_base(read_facts(source).base, Path(models) if models else None, context.cache)
+    except (Waiting, Refusal):
+        return None
 
 
 def _facts(made: Converted, digest: str | None, payload: Mapping[str, Any]) -> dict[str, Any]:
