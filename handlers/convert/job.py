@@ -27,9 +27,10 @@ class ConvertHandler:
 
         Payload: ``source`` (a Diffusers folder, an adapter's, or one file), ``output`` (one file, or the folder to
         make), ``dtype`` (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a
-        picture to lie beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
-        of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
-        (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its base may lie).
+        picture to lie beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs``
+        and ``facts`` of an earlier conversion, given back where they still hold every byte of the folder); of a file
+        also ``like`` (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its
+        base may lie).
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
