@@ -2,7 +2,8 @@
 
 A LoRA is read by diffusers' own reader, whose table of names is another one than ours. That reader leaves a DoRA's
 lengths out of kohya's layout, so a DoRA is put into the base's weights as its paper has it, m · (W + BA) / |W + BA| in
-each row (Liu et al. 2024, eq. 5), and peft computes the other side. One base at a time is in memory. Imports torch.
+each row (Liu et al. 2024, eq. 5), and what peft makes of the trained one is compared with that, layer by layer; then
+the base is in memory twice. Imports torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from handlers.convert.adapter import AdapterFacts
@@ -24,6 +26,8 @@ from handlers.convert.quiet import quiet_libraries
 from handlers.convert.verify import Unproven
 from handlers.train.base import BaseModel
 
+# Of the largest weight: products are added up in another order.
+_TOLERANCE = 1e-5
 _SOURCE, _WRITTEN = "source", "written"
 Tensors = Mapping[str, torch.Tensor]
 
@@ -56,8 +60,10 @@ def compare_adapters(file: Path, source: Path, base: BaseModel, facts: AdapterFa
         )
         wanted[part] = output_of(part, module, device)
     if facts.method == "dora":
-        whole = _loaded(base)
+        trained_whole, whole = whole, _loaded(base)
         _merge(whole, file, written, facts.pipeline.family)
+        for part in facts.parts:
+            _compare_layers(getattr(whole, part), getattr(trained_whole, part))
     else:
         _read(whole, file, facts.parts)
     for part, output in wanted.items():
@@ -121,6 +127,18 @@ def _merge(whole: Any, file: Path, tensors: Tensors, family: str) -> None:
         changed = weight.data + pair.alpha / pair.rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         lengths = changed.flatten(1).norm(dim=1).reshape(scale.shape)
         weight.data = scale / lengths * changed
+
+
+def _compare_layers(changed: Any, trained: Any) -> None:
+    """Compare the weights of a module that a DoRA was added to with those that peft computes of the trained one."""
+    for name, layer in trained.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        layer.merge(adapter_names=[_SOURCE])
+        have, want = changed.get_submodule(name).weight.detach(), layer.get_base_layer().weight.detach()
+        worst = float((have - want).abs().max())
+        if not worst <= _TOLERANCE * float(want.abs().max()):
+            raise Unproven(f"{name} becomes another layer than was trained (by {worst:.2g})")
 
 
 def _layer(whole: Any, module: Module) -> Any:
