@@ -182,13 +182,19 @@ def _add_caption(parser: _Parser) -> None:
 
 
 def _add_lora(commands: argparse._SubParsersAction[_Parser]) -> None:
-    lora = commands.add_parser("lora", help="LoRAs: convert between layouts, merge into a model")
+    lora = commands.add_parser("lora", help="LoRAs: convert between layouts, merge into a model, take out of one")
     actions = lora.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
     convert = _command(actions, "convert", "lora:convert", "kohya's names (WebUIs) or diffusers' and peft's")
     convert.add_argument("source", type=Path, metavar="SRC", help="a .safetensors file, or a peft folder")
     convert.add_argument("out", type=Path, metavar="DST", help="the .safetensors file to make")
     convert.add_argument("--to", choices=("kohya", "diffusers"), default="kohya", help="default: kohya")
     convert.add_argument("--family", choices=("sd1", "sd2", "sdxl"), help="where the file does not tell")
+    extract = _command(actions, "extract", "lora:extract", "what distinguishes a model from its base, as a LoRA")
+    extract.add_argument("source", type=Path, metavar="MODEL", help="a Diffusers folder or one file")
+    extract.add_argument("base", type=Path, metavar="BASE", help="what it was trained from")
+    extract.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to make")
+    extract.add_argument("--rank", type=int, default=16, metavar="N", help="default: 16")
+    extract.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="default: fp16")
     merge = _command(actions, "merge", "lora:merge", "write a model with LoRAs merged into it")
     merge.add_argument("source", type=Path, metavar="BASE", help="a Diffusers folder or one file")
     merge.add_argument("loras", type=Path, nargs="+", metavar="LORA", help="in any layout")

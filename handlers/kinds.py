@@ -55,6 +55,7 @@ ONE_OFF_KINDS: dict[str, Kind] = {
         Kind("attention", "handlers.caption.look:AttentionHandler", "gpu", silence=1800.0),
         Kind("features", "handlers.caption.look:FeaturesHandler", "gpu", silence=1800.0),
         Kind("lora-convert", "handlers.convert.lora_job:LoraConvertHandler", "cpu", silence=1800.0),
+        Kind("lora-extract", "handlers.convert.lora_job:LoraExtractHandler", "cpu", silence=7200.0),
         Kind("lora-merge", "handlers.convert.lora_job:LoraMergeHandler", "cpu", silence=1800.0),
         Kind("export", "handlers.caption.onnx_export:ExportHandler", "cpu", silence=7200.0),
     )

@@ -1,4 +1,4 @@
-"""``fastsd lora``: LoRAs converted and merged, without a daemon."""
+"""``fastsd lora``: LoRAs converted, merged and extracted, without a daemon."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def merge(arguments: argparse.Namespace) -> int:
     return _run(arguments, "lora-merge", {"loras": loras, "dtype": arguments.dtype})
 
 
+def extract(arguments: argparse.Namespace) -> int:
+    """``fastsd lora extract MODEL BASE --out FILE``."""
+    if arguments.rank < 1:
+        return complain(f"--rank {arguments.rank} is no rank", USAGE)
+    if not arguments.base.exists():
+        return complain(f"{arguments.base}: there is no such file or folder", FAILED)
+    base = os.fspath(arguments.base.absolute())
+    return _run(arguments, "lora-extract", {"base": base, "rank": arguments.rank, "dtype": arguments.dtype})
+
+
 def _run(arguments: argparse.Namespace, kind: str, more: Mapping[str, Any]) -> int:
     source: Path = arguments.source
     if not source.exists():
@@ -41,9 +51,11 @@ def _run(arguments: argparse.Namespace, kind: str, more: Mapping[str, Any]) -> i
 
     def row(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         told = {key: facts.get(key) for key in ("family", "modules", "bytes", "seconds")}
+        told |= {"kept": facts["kept"]} if "kept" in facts else {}
         return {"source": asked["source"], "output": asked["output"], **told}
 
     def line(found: dict[str, Any]) -> str:
-        return f"{found['output']}  ({found['modules']} modules, {found['bytes']:,} bytes)"
+        kept = f", {found['kept']:.1%} of the difference" if "kept" in found else ""
+        return f"{found['output']}  ({found['modules']} modules, {found['bytes']:,} bytes{kept})"
 
     return run_one_off(kind, [payload], output.parent, arguments, row=row, line=line)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from handlers.convert.ask import Converted, Progress, Verify, check_room, dtype_of, silent
 from handlers.convert.lora import Lora, Pair, plan_lora, read_lora
 from handlers.convert.lora_names import LORA_FAMILIES
-from handlers.convert.plan import Entry, Located, Piece, as_type
+from handlers.convert.plan import Entry, Located, as_type, whole
 from handlers.convert.single import modelspec
 from handlers.convert.source import Pipeline
 from handlers.convert.verify import Pair as Compared
@@ -237,5 +237,4 @@ def _compared(label: str, made: Located, wanted: Located) -> Compared:
     fits = math.prod(tensor.shape) == math.prod(shape) if label.endswith(" scale") else tensor.shape == shape
     if not fits:
         raise Unproven(f"{label} has the shape {tensor.shape}, not {shape}")
-    piece = Piece(made.file, tensor.dtype, tensor.begin, tensor.length)
-    return Entry(label, tensor.dtype, tensor.shape, (piece,)), wanted
+    return whole(label, made), wanted

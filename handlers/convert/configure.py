@@ -14,6 +14,7 @@ from handlers.convert.families import Family
 from handlers.convert.recognise import Single
 from handlers.convert.source import locate
 from handlers.convert.vocabulary import write_clip
+from handlers.models.folders import parts_of
 from sessions import files
 from sessions.refusal import Refusal
 
@@ -26,6 +27,8 @@ _CLASSES = {
     ("sd1", "instruct-pix2pix"): "StableDiffusionInstructPix2PixPipeline",
     ("sdxl", "instruct-pix2pix"): "StableDiffusionXLInstructPix2PixPipeline",
 }
+# Parts that drawing does without.
+_SPARED = ("safety_checker", "image_encoder")
 _GUIDANCE = ("guidance_in.in_layer.weight", "model.diffusion_model.guidance_in.in_layer.weight")
 
 
@@ -35,7 +38,7 @@ class Configuration:
 
     Attributes:
         documents: relative path → JSON.
-        folders: relative path → a folder to copy (tokenizers).
+        folders: relative path → a folder to copy (tokenizers, a depth estimator).
         tokenizers: name → token that pads, for those of CLIP that come with fastsd.
         resolution: pixels of a side that the model was made for.
     """
@@ -70,6 +73,15 @@ def _taken(like: Path, family: Family) -> Configuration:
         except (OSError, ValueError):
             raise Refusal("source", f"{like.name} has no {name} that can be read.", "Name a whole folder.") from None
     folders = {place.name: place for place in sorted(like.glob("tokenizer*"))}
+    index = documents["model_index.json"]
+    known = {"scheduler", *folders, *(part.name for part in family.components)}
+    for name in parts_of(index):
+        if name in _SPARED or (name not in known and not (like / name).is_dir()):
+            index[name] = [None, None]  # a name without its folder would keep the pipeline from loading
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+        elif name not in known:
+            folders[name] = like / name
     return Configuration(
         documents, folders, {}, int(documents.get("unet/config.json", {}).get("sample_size") or 64) * 8
     )
@@ -80,7 +92,7 @@ def _own(single: Single, family: Family) -> Configuration:
         raise Refusal(
             "source",
             f"{single.path.name} is a {single.variant} model of the family {family.name}.",
-            "Use its Diffusers folder, or name one of the same shape with --like.",
+            "Name a Diffusers folder of such a model with --like: what the file has not is taken from there.",
         )
     data = deepcopy(json.loads((_DATA / f"{family.name}.json").read_bytes()))
     documents, scheduler = data["documents"], data["documents"]["scheduler/scheduler_config.json"]

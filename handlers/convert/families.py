@@ -69,7 +69,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 # What a single file of any of these families may carry besides its tensors: the training's schedule, its averaged copy
 # of the weights, another model that programs fetch themselves, and the marks of v-prediction.
+# SD 2's depth files carry MiDaS, which a Diffusers folder has as its depth_estimator under other names.
 BUFFERS = (
+    "depth_model.",
     "alphas_cumprod",
     "alphas_cumprod_prev",
     "betas",
@@ -85,4 +87,4 @@ BUFFERS = (
 AVERAGES = "model_ema."
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 # Schedules that the tables of these families do not describe.
-FOREIGN = ("edm_mean", "edm_vpred.sigma_max", "depth_model.")
+FOREIGN = ("edm_mean", "edm_vpred.sigma_max")

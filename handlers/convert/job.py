@@ -10,6 +10,7 @@ from handlers.context import JobContext, JobResult, Stopping, Waiting
 from handlers.convert.adapter import convert_adapter, is_adapter, lora_facts, lora_sidecar, read_facts
 from handlers.convert.ask import DTYPES, Converted, Progress, Verify, Weights
 from handlers.convert.folder import convert_single
+from handlers.convert.preview import read_picture, thumbnail_of, write_preview
 from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
 from sessions import files
@@ -44,13 +45,19 @@ class ConvertHandler:
         if source.is_file():
             made = _to_folder(context, source, output)
             return JobResult(facts=_facts(made, None, payload), outputs=[output])
+        picture = read_picture(payload.get("preview"))
+        metadata = dict(payload.get("metadata") or {})
+        if picture is not None:
+            metadata["thumbnail"] = thumbnail_of(picture)
         if is_adapter(source):
-            made, of_lora = _adapter(context, source, output), lora_facts(read_facts(source), payload)
+            made, of_lora = _adapter(context, source, output, metadata), lora_facts(read_facts(source), payload)
             more = lora_sidecar(output.stem, of_lora)
         else:
-            made, of_lora, more = _to_file(context, source, output), {}, {}
+            made, of_lora, more = _to_file(context, source, output, metadata), {}, {}
         digest = files.sha256_of(output)
-        outputs = [output, *made.beside, *_write_preview(payload.get("preview"), output)]
+        outputs = [output, *made.beside]
+        if picture is not None:
+            outputs.append(write_preview(picture, output))
         sidecar = output.with_suffix(".json")
         files.write_json(sidecar, {**_summary(made, digest, payload), **more})
         return JobResult(facts={**_facts(made, digest, payload), **of_lora}, outputs=[*outputs, sidecar])
@@ -81,13 +88,13 @@ def _to_folder(context: JobContext, source: Path, output: Path) -> Converted:
     )
 
 
-def _to_file(context: JobContext, source: Path, output: Path) -> Converted:
+def _to_file(context: JobContext, source: Path, output: Path, metadata: Mapping[str, object]) -> Converted:
     payload = context.payload
     return convert(
         source,
         output,
         dtype=payload.get("dtype"),
-        metadata=payload.get("metadata") or {},
+        metadata=metadata,
         verify=_verify_of(payload.get("verify")),
         vae=_vae_of(payload.get("vae")),
         device=context.device,
@@ -95,14 +102,14 @@ def _to_file(context: JobContext, source: Path, output: Path) -> Converted:
     )
 
 
-def _adapter(context: JobContext, source: Path, output: Path) -> Converted:
+def _adapter(context: JobContext, source: Path, output: Path, metadata: Mapping[str, object]) -> Converted:
     payload = context.payload
     verify = _verify_of(payload.get("verify"))
     return convert_adapter(
         source,
         output,
         dtype=payload.get("dtype"),
-        metadata=payload.get("metadata") or {},
+        metadata=metadata,
         verify=verify,
         base=_base_of(context, source) if verify == "forward" else None,
         device=context.device,
@@ -173,26 +180,6 @@ def _summary(made: Converted, digest: str, payload: Mapping[str, Any]) -> dict[s
         "run": payload.get("run"),
         "metadata": dict(payload.get("metadata") or {}),
     }
-
-
-def _write_preview(picture: str | None, output: Path) -> list[Path]:
-    """The preview beside the model, as PNG; a picture that cannot be read is no reason to lose the model."""
-    if not picture:
-        return []
-    from io import BytesIO
-
-    from PIL import Image
-
-    preview = output.with_name(f"{output.stem}.preview.png")
-    try:
-        with Image.open(picture) as image:
-            image.thumbnail((1024, 1024))
-            content = BytesIO()
-            image.convert("RGB").save(content, "PNG")
-    except (OSError, ValueError):
-        return []
-    files.write_bytes(preview, content.getvalue())
-    return [preview]
 
 
 __all__ = ["DTYPES", "ConvertHandler", "Converted", "Unproven", "Verify", "convert", "convert_single"]

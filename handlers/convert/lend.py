@@ -37,12 +37,15 @@ def lend(folder: Path, family: Family, missing: Sequence[str], cache: Path) -> N
 
 
 def _lender(family: Family, wanted: Sequence[str], cache: Path) -> Path:
-    entry = catalogue.ENTRIES.get(family.filler)
-    place = registry.local_copy(entry, cache) if entry else None
-    if place is None or not all((place / name).is_dir() for name in wanted):
-        raise Refusal(
-            "source",
-            f"The file has no {' and no '.join(wanted)}, and the base {family.filler} that has is not on this machine.",
-            f"Get it with: fastsd models get {family.filler}" if entry else "Use a file that is whole.",
-        )
-    return place
+    """The first base of the family on this machine that has all that is wanted; the usual one is asked first."""
+    usual = catalogue.ENTRIES.get(family.filler)
+    others = (entry for entry in catalogue.ENTRIES.values() if entry.origin != catalogue.BUILT_IN)
+    for entry in (usual, *(entry for entry in others if entry.family == family.name)):
+        place = registry.local_copy(entry, cache) if entry else None
+        if place is not None and all((place / name).is_dir() for name in wanted):
+            return place
+    raise Refusal(
+        "source",
+        f"The file has no {' and no '.join(wanted)}, and the base {family.filler} that has is not on this machine.",
+        f"Get it with: fastsd models get {family.filler}" if usual else "Use a file that is whole.",
+    )

@@ -14,14 +14,14 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from handlers.convert.header import read_header
 from handlers.convert.lora_names import LORA_FAMILIES, Module, from_diffusers, from_kohya, to_diffusers, to_kohya
 from handlers.convert.pieces import exactly
-from handlers.convert.plan import Entry, Located, Piece
+from handlers.convert.plan import Entry, Located, whole
 from handlers.models.probe import Probe, probe
 from sessions.refusal import Refusal
 
@@ -251,11 +251,11 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
             raise Refusal("source", what, "Is it a LoRA of another family?")
         entries += _entries(name, pair, "lora_down", "lora_up")
         entries += _scale(f"{name}.dora_scale", pair)
-        entries.append(_scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
+        entries.append(scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
     return entries
 
 
-def _scalar(name: str, dtype: str, value: float) -> Entry:
+def scalar(name: str, dtype: str, value: float) -> Entry:
     """A tensor of one value; in the type of its pair where that holds it exactly, as kohya has it."""
 
     def held(wanted: str) -> bytes:
@@ -272,22 +272,20 @@ def _scalar(name: str, dtype: str, value: float) -> Entry:
 
 def _entries(name: str, pair: Pair, down: str, up: str) -> Iterable[Entry]:
     for half, located in ((down, pair.down), (up, pair.up)):
-        tensor = located.tensor
-        piece = Piece(located.file, tensor.dtype, tensor.begin, tensor.length)
-        yield Entry(f"{name}.{half}.weight", tensor.dtype, tensor.shape, (piece,))
+        yield whole(f"{name}.{half}.weight", located)
 
 
 def _scale(name: str, pair: Pair) -> Iterable[Entry]:
     """A DoRA's lengths: (rows, 1, …) for kohya's readers; peft has (rows), and (1, rows, 1, 1) of a convolution."""
     if pair.scale is None:
         return
-    tensor, rest = pair.scale.tensor, len(pair.up.tensor.shape) - 1
+    rest = len(pair.up.tensor.shape) - 1
     rows = pair.up.tensor.shape[0]
     if name.endswith(".dora_scale"):
         shape: tuple[int, ...] = (rows, *[1] * rest)
     else:
         shape = (rows,) if rest == 1 else (1, rows, *[1] * (rest - 1))
-    yield Entry(name, tensor.dtype, shape, (Piece(pair.scale.file, tensor.dtype, tensor.begin, tensor.length),))
+    yield replace(whole(name, pair.scale), shape=shape)
 
 
 def adapter_metadata(pairs: Sequence[Pair]) -> str:

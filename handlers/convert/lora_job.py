@@ -8,6 +8,7 @@ from typing import Any
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert.ask import Progress
 from handlers.convert.lora import LAYOUTS
+from handlers.convert.lora_extract import extract_lora
 from handlers.convert.lora_write import Written, convert_lora, merge_loras
 from sessions import files
 from sessions.refusal import Refusal
@@ -47,6 +48,26 @@ class LoraMergeHandler:
         loras = [(Path(path), float(weight)) for path, weight in payload["loras"]]
         source, dtype = Path(payload["source"]), payload.get("dtype")
         return _result(merge_loras(source, loras, output, dtype=dtype, progress=_progress(context)))
+
+
+class LoraExtractHandler:
+    """What distinguishes a model from its base, as a LoRA."""
+
+    def run(self, context: JobContext) -> JobResult:
+        """Take a LoRA of ``rank`` in ``dtype`` out of ``source``, trained from ``base``, and write ``output``.
+
+        Raises:
+            Refusal, Waiting, Unproven, OSError: as ``extract_lora``.
+            Cancelled, Stopping: as every handler.
+        """
+        payload = context.payload
+        output = Path(payload["output"])
+        files.sweep_temporaries(output.parent)
+        source, base, rank = Path(payload["source"]), Path(payload["base"]), int(payload["rank"])
+        dtype = payload.get("dtype") or "fp16"
+        written, kept = extract_lora(source, base, output, rank, dtype=dtype, progress=_progress(context))
+        result = _result(written)
+        return JobResult(facts={**result.facts, "kept": round(kept, 4)}, outputs=result.outputs)
 
 
 def _progress(context: JobContext) -> Progress:

@@ -17,7 +17,7 @@ from handlers.convert.header import read_header
 from handlers.convert.keymap import Match
 from handlers.convert.lora import Layout, Lora, Pair, adapter_metadata, plan_lora, read_lora
 from handlers.convert.pieces import Sources, exactly
-from handlers.convert.plan import Entry, Located, Piece, as_type, to_single, with_ties
+from handlers.convert.plan import Entry, Located, as_type, to_single, whole, with_ties
 from handlers.convert.recognise import read_single
 from handlers.convert.single import modelspec, read_folder
 from handlers.convert.source import read_pipeline, tensors_of
@@ -169,12 +169,10 @@ def _plan_base(base: Path) -> tuple[Family, dict[str, Entry], dict[str, str]]:
     family = FAMILIES[read_single(base, "trained").family]
     plan: dict[str, Entry] = {}
     for key, located in tensors_of(base).items():
-        tensor = located.tensor
-        piece = Piece(located.file, tensor.dtype, tensor.begin, tensor.length)
         matches = (part.match_single(key) for part in family.components)
         match = next((match for match in matches if match is not None), None)
         # Under the table's name, so that a module finds it, whatever the file calls it.
-        plan[match.single if match else key] = Entry(key, tensor.dtype, tensor.shape, (piece,))
+        plan[match.single if match else key] = whole(key, located)
     metadata = dict(read_header(base).metadata) if base.suffix == ".safetensors" else {}
     return family, plan, {"format": "pt", **{key: value for key, value in metadata.items() if "hash" not in key}}
 
@@ -228,7 +226,7 @@ def _sum(base: Entry, additions: Sequence[_Addition], sources: Sources, entry: E
     plain = replace(base, dtype=base.pieces[0].dtype)
     values = decode(b"".join(sources.read(plain)), plain.dtype).astype("<f4").reshape(base.shape)
     for addition in additions:
-        down, up = (_matrix(sources, half) for half in (addition.pair.down, addition.pair.up))
+        down, up = (matrix_of(sources, half) for half in (addition.pair.down, addition.pair.up))
         delta = np.float32(addition.factor) * (up @ down)
         if addition.is_turned:
             delta = delta.T
@@ -237,7 +235,7 @@ def _sum(base: Entry, additions: Sequence[_Addition], sources: Sources, entry: E
     return cast(values.tobytes(), "F32", entry.dtype)
 
 
-def _matrix(sources: Sources, located: Located) -> NDArray[float32]:
+def matrix_of(sources: Sources, located: Located) -> NDArray[float32]:
     """A half of a pair as float32: rows × the rest."""
     from handlers.convert.cast import decode
 

@@ -144,6 +144,11 @@ def _joined(component: Component, match: Match, tensors: Tensors) -> Entry:
     return Entry(match.single, first.dtype, (rows, *first.shape[1:]), tuple(_piece(part) for part in whole))
 
 
+def whole(name: str, located: Located) -> Entry:
+    """A tensor as it is, under a name."""
+    return Entry(name, located.tensor.dtype, located.tensor.shape, (_piece(located),))
+
+
 def _piece(located: Located) -> Piece:
     tensor = located.tensor
     return Piece(located.file, tensor.dtype, tensor.begin, tensor.length)

@@ -117,8 +117,9 @@ def _entry(name: str, row: Any, data_start: int) -> TensorEntry:
         dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise HeaderError(f"the entry of {name} is incomplete") from None
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise HeaderError(f"the entry of {name} has numbers that are no sizes")
+    for number in (*shape, begin, end):
+        if type(number) is not int or number < 0:
+            raise HeaderError(f"the entry of {name} has numbers that are no sizes")
     if dtype not in BITS:
         raise HeaderError(f"{name} has the unknown dtype {dtype}")
     if math.prod(shape) * BITS[dtype] != 8 * (end - begin):

@@ -194,9 +194,11 @@ def prediction_of(path: Path, header: Header, found: Probe) -> str | None:
 
 
 def _usual(found: Probe) -> str | None:
-    """SD 1 and SDXL predict noise, Flux flow; SD 2 comes in two forms."""
+    """SD 1 and SDXL predict noise, Flux flow; SD 2 comes in two forms, of which its variants have the first."""
     if found.kind not in {"checkpoint", "lora"}:
         return None
+    if (found.family, found.variant) in (("sd2", "depth"), ("sd2", "inpainting")):
+        return "epsilon"
     return {"sd1": "epsilon", "sdxl": "epsilon", "flux": "flow"}.get(found.family or "")
 
 

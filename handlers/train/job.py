@@ -369,6 +369,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
             "fastsd.run": record["run"],
             "fastsd.base": plan.base,
             "fastsd.steps": record["steps"],
+            "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
         },
     }
     return JobResult(facts=facts, outputs=[finished, *([preview] if preview else [])])

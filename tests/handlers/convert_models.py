@@ -12,10 +12,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionDepth2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
-from transformers import T5Config, T5EncoderModel
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil, T5Config, T5EncoderModel
 
 from handlers.models.miniature import drawing, sd2, sdxl
 from handlers.models.miniature.seeded import seeded
@@ -49,10 +50,40 @@ def _pipeline(family: str) -> Any:
         return sd2.pipeline()
     if family == "sdxl":
         return sdxl.pipeline()
+    if family == "sd2-depth":
+        return _depth()
     if family == "sd1-inpainting":
         parts = drawing.pipeline(unet=drawing.unet(in_channels=9)).components
         return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     return _refiner() if family == "sdxl-refiner" else _flux()
+
+
+def _depth() -> Any:
+    parts = sd2.pipeline().components
+    del parts["safety_checker"], parts["image_encoder"]
+    parts["unet"] = drawing.unet(
+        in_channels=5,
+        block_out_channels=(24, 40, 48, 48),
+        attention_head_dim=sd2.HEADS,
+        use_linear_projection=True,
+        norm_num_groups=4,
+    )
+    estimator = DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    )
+    parts["scheduler"] = drawing.scheduler()
+    parts["depth_estimator"] = DPTForDepthEstimation(estimator)
+    parts["feature_extractor"] = DPTImageProcessorPil(size={"height": 32, "width": 32})
+    return StableDiffusionDepth2ImgPipeline(**parts)
 
 
 def _refiner() -> Any:

@@ -7,8 +7,10 @@ import signal
 import struct
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -304,10 +306,49 @@ def test_the_handler_writes_model_sidecar_and_preview(source: Path, tmp_path: Pa
     assert {path.name for path in result.outputs} == {model.name, "dog-12ab.json", "dog-12ab.preview.png"}
     with Image.open(tmp_path / "dog-12ab.preview.png") as preview:
         assert preview.size == (70, 40)
+    beginning, _, coded = read_header(model).metadata["modelspec.thumbnail"].partition(",")
+    assert beginning == "data:image/jpeg;base64"
+    with Image.open(BytesIO(b64decode(coded))) as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", (70, 40))
+        red, green, blue = np.asarray(thumbnail.convert("RGB")).mean((0, 1))
+        assert red > 240
+        assert max(green, blue) < 20
+    assert "thumbnail" not in (tmp_path / "dog-12ab.json").read_text()
     sidecar = json.loads((tmp_path / "dog-12ab.json").read_text())
     assert sidecar["sha256"] == result.facts["sha256"]
     assert sidecar["autov2"] == sidecar["sha256"][:10]
     assert model.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_large_preview_is_small_in_the_header_and_one_that_is_none_loses_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(3).integers(0, 255, (1500, 3000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "grid.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "grid.png").read_bytes()[:100])
+    payload = {"source": str(source), "verify": "sample"}
+    for name in ("grid", "torn"):
+        output = tmp_path / f"{name}.safetensors"
+        ConvertHandler().run(context({**payload, "output": str(output), "preview": str(tmp_path / f"{name}.png")}))
+        found = read_header(output).metadata.get("modelspec.thumbnail")
+        assert (found is not None) == (name == "grid")
+        if found is not None:
+            assert len(found) < 64_000
+            with Image.open(BytesIO(b64decode(found.partition(",")[2]))) as thumbnail:
+                assert thumbnail.size == (256, 128)
+
+
+def test_what_still_holds_every_byte_of_a_folder_is_not_made_again(source: Path, single: Path, tmp_path: Path) -> None:
+    known = {"outputs": [str(single)], "facts": {"run": "old"}}
+    payload = {"source": str(source), "output": str(tmp_path / "m.safetensors"), "known": known, "verify": "sample"}
+    result = ConvertHandler().run(context(payload))
+    assert (result.facts, result.outputs) == ({"run": "old"}, [single])
+    assert names_in(tmp_path) == []
+    other = copy_of(source, tmp_path / "other")
+    rewrite(other / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: next(iter(tensors.values())).add_(1))
+    result = ConvertHandler().run(context({**payload, "source": str(other), "run": "new"}))
+    assert result.facts["run"] == "new"
+    assert (tmp_path / "m.safetensors").is_file()
 
 
 def _umask() -> int:

@@ -413,3 +413,70 @@ def test_killed_mid_write_no_folder_exists_and_the_handler_tries_again(
     assert told == {"family": "sd2", "prediction": "v", "verified": "forward", "sha256": None}
     assert inspect(target).dtype == "F16"
     assert inspect(target).problems == []
+
+
+def test_a_depth_model_goes_there_and_back_with_the_estimator_of_a_folder_like_it(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders("sd2-depth")
+    made = convert(folder, tmp_path / "m.safetensors", verify="forward")
+    assert made.pipeline.spoken == ("sd2", "depth")
+    tensors = load_file(made.output)
+    # As in the original file: MiDaS under names of its own, and nothing in the header.
+    original = tmp_path / "original.safetensors"
+    save_file({**tensors, "depth_model.model.pretrained.model.cls_token": torch.zeros(1, 1, 8)}, original)
+    found = inspect(original)
+    assert (found.family, found.variant, found.prediction, found.problems) == ("sd2", "depth", "epsilon", [])
+    with pytest.raises(Refusal, match=r"is a depth model of the family sd2.*--like"):
+        convert_single(original, tmp_path / "none", cache=tmp_path)
+    back = convert_single(original, tmp_path / "back", cache=tmp_path, like=folder, verify="all")
+    assert back.pipeline.variant == "depth"
+    same_tensors(convert(back.output, tmp_path / "again.safetensors", verify="all").output, made.output)
+
+    drawn = []
+    for place in (folder, back.output):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True)
+        assert type(pipeline).__name__ == "StableDiffusionDepth2ImgPipeline"
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        depth, start = torch.rand(1, 64, 64, generator=generator), torch.rand(1, 3, 64, 64, generator=generator)
+        drawn.append(
+            pipeline(
+                "a red star",
+                image=start,
+                depth_map=depth,
+                num_inference_steps=4,
+                strength=0.5,
+                generator=torch.Generator().manual_seed(5),
+                output_type="np",
+            ).images
+        )
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-5)
+
+
+def test_a_folder_like_it_that_names_a_safety_checker_it_has_not_gives_a_pipeline_that_loads(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    like = tmp_path / "like"
+    shutil.copytree(folders("sd1"), like)
+    index = json.loads((like / "model_index.json").read_bytes())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (like / "model_index.json").write_text(json.dumps(index))
+    made = convert_single(singles("sd1"), tmp_path / "out", cache=tmp_path, like=like)
+    assert inspect(made.output).problems == []
+    diffusers.DiffusionPipeline.from_pretrained(made.output, local_files_only=True)
+
+
+def test_t5s_tokenizer_is_lent_by_whichever_flux_is_here(
+    folders: Callable[[str], Path], singles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    like = tmp_path / "like"
+    shutil.copytree(folders("flux"), like)
+    shutil.rmtree(like / "tokenizer_2")
+    (like / "tokenizer_2").mkdir()
+    with pytest.raises(Refusal, match=r"no tokenizer_2.*fastsd models get flux-dev"):
+        convert_single(singles("flux"), tmp_path / "out", cache=tmp_path, like=like)
+    shutil.copytree(folders("flux"), tmp_path / "models" / "flux-schnell")
+    made = convert_single(singles("flux"), tmp_path / "out", cache=tmp_path, like=like)
+    names = sorted(path.name for path in (folders("flux") / "tokenizer_2").iterdir())
+    assert sorted(path.name for path in (made.output / "tokenizer_2").iterdir()) == names
