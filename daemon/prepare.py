@@ -15,7 +15,7 @@ from typing import Any
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.pipelines import pipeline_at
-from daemon.routing import PictureRules, SpecRecord, wanted_parameters
+from daemon.routing import ABOUT_LORAS, PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import read_json, read_spec_record
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
@@ -249,6 +249,7 @@ class Preparer:
             "metadata": metadata,
             "run": stored["run"],
             "verify": "forward",
+            "models": self.models,
             "preview": os.fspath(session.folder / preview) if preview else None,
         }
 
@@ -269,6 +270,7 @@ class Preparer:
             "sha256": stored.get("sha256"),
             "webui": webui,
             "proof_picture": os.fspath(proof),
+            **{key: stored[key] for key in ABOUT_LORAS if key in stored},
         }
 
 

@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 from handlers.models.inspect import inspect
 from handlers.publish.ask import A1111Client, Absent, Failed, Lora, Model, NotReady, Picture, WebUIError
+from handlers.publish.folders import beside
 from handlers.publish.prove import NotTaken, draw
 from handlers.publish.swap import models_folder
 from sessions.layout import lora_prompt
 
-_FOLDER = "Lora"
-_CHECKPOINTS = "Stable-diffusion"
 _HASHES = "Lora hashes"
 _TELLS = "lora_add_hashes_to_infotext"
 DIGITS = 12
@@ -72,14 +71,6 @@ def loras_folder(settings: Mapping[str, Any], client: A1111Client | None) -> Pat
     if told and Path(told).is_dir():
         return Path(told)
     return configured or beside(models_folder(None, client))
-
-
-def beside(checkpoints: Path) -> Path:
-    """The folder of LoRAs of a WebUI that keeps its checkpoints here, as A1111 and Forge lay their folders out."""
-    for folder in (checkpoints, *checkpoints.parents):
-        if folder.name == _CHECKPOINTS:
-            return folder.parent / _FOLDER
-    return checkpoints.parent / _FOLDER
 
 
 def data_hash(file: Path) -> str:

@@ -260,7 +260,7 @@ def test_the_unit_of_a_tree(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="fastsd init"):
         unit({})
     root.mkdir()
-    assert unit({}).writable == (tmp_path / "models", tmp_path / "webui")
+    assert unit({}).writable == (tmp_path / "models", tmp_path / "Lora", tmp_path / "webui")
     assert unit({}).state == Path("/var/lib/fastsd")
     assert unit({"FASTSD_STATE": str(tmp_path / "state")}).state == tmp_path / "state"
 

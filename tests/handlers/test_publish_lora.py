@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from handlers.context import JobContext, JobResult, Waiting
+from handlers.publish.folders import beside
 from handlers.publish.job import Patience, PublishHandler
-from handlers.publish.lora import beside, data_hash, hashes_of
+from handlers.publish.lora import data_hash, hashes_of
 from handlers.publish.prove import NotTaken, draw
 from tests.standins.running import Running, free_port, until, webui, write_model, write_tensors
 
