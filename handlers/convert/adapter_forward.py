@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -84,7 +84,9 @@ def _adapt(module: Any, tensors: Tensors, facts: AdapterFacts) -> None:
     ending = ".lora_A.weight"
     targets = [key.removesuffix(ending) for key in tensors if key.endswith(ending)]
     is_dora = facts.method == "dora"
-    config = LoraConfig(r=facts.rank, lora_alpha=facts.alpha, target_modules=targets, use_dora=is_dora, bias="none")
+    # Peft computes with any number and says int.
+    alpha = cast("int", facts.alpha)
+    config = LoraConfig(r=facts.rank, lora_alpha=alpha, target_modules=targets, use_dora=is_dora, bias="none")
     module.add_adapter(config, adapter_name=_SOURCE)
     set_peft_model_state_dict(module, dict(tensors), adapter_name=_SOURCE)
     _compare(get_peft_model_state_dict(module, adapter_name=_SOURCE), tensors)
