@@ -30,6 +30,7 @@ from daemon.reporter import Reporter
 from daemon.router import Router
 from daemon.routing import PICTURE_KINDS, PictureRules
 from daemon.schedule import Schedule
+from daemon.segments import Networks
 from daemon.session import Sessions
 from daemon.slots import WorkerSettings
 from daemon.stamper import Stamper
@@ -110,7 +111,13 @@ class Daemon:
             {"caption": self._captions.reason, "publish": self.webui.publish_gate},
             everything=self._tree_gate,
         )
-        rules = PictureRules(captioner=settings.captioner, caption=settings.caption.parameters())
+        self._networks = Networks(self._models_folder, cache)
+        self._networks.look()
+        rules = PictureRules(
+            captioner=settings.captioner,
+            caption=settings.caption.parameters(),
+            network=self._networks.parameters,
+        )
         self.planner = Planner(
             root,
             self.index,
@@ -137,7 +144,7 @@ class Daemon:
             noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
-        preparer = Preparer(root, settings, self.sessions, self.index, rules)
+        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known)
         hooks = TreeHooks(
             preparer=preparer,
             sessions=self.sessions,
@@ -257,6 +264,14 @@ class Daemon:
     def _reroute(self) -> None:
         if self.router.reroute_wanted:
             self.router.reroute()
+            self.dispatcher.wake()
+
+    async def look_for_networks(self) -> None:
+        """A salient-object network came or changed: the crops that are wished for with one are wanted anew."""
+        if self._networks.look():
+            # Not ``reroute``, which tidies: a network may also be gone because the whole tree is out of reach.
+            for session in list(self.sessions):
+                self.router.reroute_session(session)
             self.dispatcher.wake()
 
     def _on_touched(self, session: str) -> None:

@@ -119,7 +119,7 @@ def _add_oneoffs(commands: argparse._SubParsersAction[_Parser]) -> None:
     crop.add_argument(
         "--subject",
         choices=("faces", "segment", "centre"),
-        help="look for this only (default: faces, else what stands out)",
+        help="look for this only (default: faces, else what stands out); segment: ask a salient-object network",
     )
     crop.add_argument(
         "--format",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from handlers.models import segments
 from sessions.documents import read_document
 from sessions.layout import SETTINGS
 from sessions.refusal import Refusal
@@ -103,6 +104,7 @@ class LimitKeys(_Settings):
 
     picture_pixels: Quantity = 200_000_000
     disk_reserve: Quantity = 5_000_000_000
+    segment_memory: Quantity = segments.MEMORY
 
 
 class Settings(_Settings):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from sessions.wishes import CODE, SUBJECTS, Wishes, parse_wishes
 
 UNMET = "unmet"
 """The kind of a record of a wish that a picture cannot fulfil."""
-_FACELESS = frozenset({"saliency", "centre", "grounded"})
+_FACELESS = frozenset({"segment", "saliency", "centre", "grounded"})
 """Findings that say that no face was found: the caption knows better, or may."""
 _GROUNDING = ("entities", "words")
+_NETWORK = "network"
 _MOST_BYTES = 1 << 20
 _WORD = re.compile(r"\w+")
 
@@ -41,6 +42,8 @@ class CropRules:
         wishes: crop.txt's.
         wishes_name: how crop.txt is spelled here, "" where there is none.
         problem: what is wrong with crop.txt.
+        base: the base that train.yaml names, or ``auto``.
+        resolution: the resolution that it names, in pixels; 0 leaves it to the base.
     """
 
     mode: str | None = "smart"
@@ -48,6 +51,8 @@ class CropRules:
     wishes: Wishes = field(default_factory=Wishes)
     wishes_name: str = ""
     problem: Refusal | None = None
+    base: str = "auto"
+    resolution: int = 0
 
 
 def read_crop_rules(folder: Path) -> CropRules:
@@ -64,17 +69,19 @@ def read_crop_rules(folder: Path) -> CropRules:
     specs = [name for name in names if layout.is_spec_name(name)]
     wishes = next((name for name in names if layout.is_wishes_name(name)), "")
     spec = min(specs, key=lambda name: layout.SPEC_NAMES.index(name.lower()), default=None)
-    mode, words = _read_spec(folder / spec) if spec else ("smart", ())
+    rules = _read_spec(folder / spec) if spec else CropRules()
     said, problem = _read_wishes(folder / wishes) if wishes else (Wishes(), None)
-    return CropRules(mode, words, said, wishes, problem)
+    return replace(rules, wishes=said, wishes_name=wishes, problem=problem)
 
 
-def _read_spec(file: Path) -> tuple[str | None, tuple[str, ...]]:
+def _read_spec(file: Path) -> CropRules:
     try:
         spec = parse_spec(_content(file).decode("utf-8", errors="replace"))
     except (OSError, Refusal):
-        return None, ()
-    return spec.crop, tuple(word for word in (spec.class_, spec.instance) if word not in ("auto", "filename"))
+        return CropRules(mode=None)
+    words = tuple(word for word in (spec.class_, spec.instance) if word not in ("auto", "filename"))
+    resolution = spec.resolution if isinstance(spec.resolution, int) else 0
+    return CropRules(spec.crop, words, base=spec.base, resolution=resolution)
 
 
 def _read_wishes(file: Path) -> tuple[Wishes, Refusal | None]:
@@ -103,6 +110,7 @@ def crop_parameters(
     caption: Record | None,
     *,
     unmet: Record | None = None,
+    network: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> dict[str, Any] | None:
     """The parameters of the crop that a picture wants now, or None where the one that was made stands.
 
@@ -113,12 +121,15 @@ def crop_parameters(
         made: the record of the crop of this very content, None where there is none.
         caption: the record of its caption, likewise.
         unmet: the record of a wish that this content cannot fulfil, likewise.
+        network: () → the salient-object network that is here, for those who wish for one; None where there is none.
     """
     before = dict(made["params"]) if made is not None else {}
     wish = rules.wishes.of(relative)
     if unmet is not None and unmet.get("wish") == wish:
         wish = {}
     base = _base(own, wish, rules.mode or str(before.get("mode", own["mode"])))
+    if base.get("wish", {}).get("subject") == "segment" and (chosen := _network_for(made, network())):
+        base[_NETWORK] = dict(chosen)
     stands = made is not None and {key: value for key, value in before.items() if key not in _GROUNDING} == base
     wanted = base
     if caption is not None:
@@ -130,6 +141,17 @@ def crop_parameters(
     elif stands:
         return None
     return None if stands and wanted == before else wanted
+
+
+def _network_for(made: Record | None, here: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The network that a crop shall be made with, as its parameters tell it.
+
+    What one has made stands, whichever is here now: the tree may be looked at by another machine.
+    """
+    if made is not None and (here is None or made.get("subject") == "segment"):
+        before: Mapping[str, Any] | None = made["params"].get(_NETWORK)
+        return before
+    return here
 
 
 def _base(own: Mapping[str, Any], wish: Mapping[str, Any], mode: str) -> dict[str, Any]:

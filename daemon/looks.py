@@ -16,23 +16,37 @@ from sessions.wishes import CODE, SUBJECTS
 _NAMED = 4
 
 
-def hints(session: Session, pictures: Collection[str], crops: Sequence[Record], *, complete: bool) -> list[str]:
+def hints(
+    session: Session, pictures: Collection[str], crops: Sequence[Record], resolution: int, *, complete: bool
+) -> list[str]:
     """Lines about the pictures of a session.
 
     Args:
         session: the session.
         pictures: the paths of its pictures.
         crops: the records of the crops that are there.
+        resolution: pixels of a side at which the session trains.
         complete: whether every picture has its crop: then the set as a whole can be judged.
     """
-    lines = review(crops) if complete else []
+    lines = review(crops, resolution) if complete else []
     rules = session.crop_rules
     if unmatched := rules.wishes.unmatched(list(pictures)):
         lines.append(f"{rules.wishes_name} names what is no picture here: {_some(unmatched)}.")
     for subject, names in _missed(crops).items():
         what = "no face was found" if subject == "faces" else f"the caption shows no {subject}"
         lines.append(f"{rules.wishes_name} asks for {subject}, and {what} in {_some(names)}.")
+    for problem, names in _unasked(crops).items():
+        lines.append(f"{_some(names)}: {problem}")
     return lines
+
+
+def _unasked(crops: Iterable[Record]) -> dict[str, list[str]]:
+    """Why the salient-object network could not be asked → the pictures."""
+    unasked: dict[str, list[str]] = {}
+    for record in crops:
+        if problem := record.get("network_problem"):
+            unasked.setdefault(str(problem), []).append(str(record["source"]).rsplit("/", 1)[-1])
+    return unasked
 
 
 def _missed(crops: Iterable[Record]) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from daemon.prepare import base_name, wants_generated
 from daemon.refusals import refuse, remove_refusal
 from daemon.routing import (
     PictureRules,
+    RecordedRun,
     SpecRecord,
     convert_requests,
     publish_requests,
@@ -24,7 +25,7 @@ from daemon.routing import (
     train_request,
     wanted_kinds,
 )
-from daemon.runs import read_spec_record, recorded_runs
+from daemon.runs import former_run, lacks_model, read_spec_record, recorded_runs
 from daemon.session import Session
 from daemon.sheet import crops_of, remove_sheet, sheet_request
 from handlers.context import Waiting
@@ -163,7 +164,7 @@ class Planner:
             return  # looking at so many takes a while, and all of them will be looked at again
         crops = crops_of(session, pictures.facts.get)
         complete = len(crops) >= len(pictures.facts) - pictures.refused
-        plan.hints += hints(session, pictures.facts, crops, complete=complete)
+        plan.hints += hints(session, pictures.facts, crops, self._resolution(session), complete=complete)
         request = None if pictures.crops or captions else sheet_request(session, crops)
         if request is None:
             return
@@ -204,7 +205,7 @@ class Planner:
             return
         try:
             spec = parse_spec(content.decode("utf-8", errors="replace"))
-            self._check_base(spec)
+            self._check_base(session, spec, [each for each in runs if each.id != run])
             ready = self._ready(session, pictures, spec, plan)
         except Refusal as refusal:
             refuse(session, name, refusal, job="spec", sha256=record.sha256)
@@ -218,9 +219,24 @@ class Planner:
         if ready:
             plan.requests.append(train_request(session, run, record))
 
-    def _check_base(self, spec: TrainSpec) -> None:
+    def _check_base(self, session: Session, spec: TrainSpec, others: Sequence[RecordedRun]) -> None:
+        if spec.continue_ is not None:
+            unfinished = [run.id for run in others if not run.ended or lacks_model(session, run)]
+            if spec.continue_ == "last" and unfinished:
+                raise Waiting(f"continue: last waits for the model of run {unfinished[-1]}.", retry_after=60.0)
+            former_run(session, spec.continue_)
+            return
         models = self.root / layout.MODELS
         registry.check(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
+
+    def _resolution(self, session: Session) -> int:
+        """Pixels of a side at which a session trains, or would."""
+        rules = session.crop_rules
+        if rules.resolution:
+            return rules.resolution
+        models = self.root / layout.MODELS
+        name = rules.base if rules.base != "auto" else self.settings.base
+        return registry.resolution_of(name, models if models.is_dir() else None, self.cache)
 
     def _ready(self, session: Session, pictures: Pictures, spec: TrainSpec, plan: Plan) -> bool:
         closed = self.caption_gate()

@@ -7,7 +7,7 @@ one whose session is gone has nobody waiting for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +16,11 @@ from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.pipelines import pipeline_at
 from daemon.routing import ABOUT_LORAS, PictureRules, SpecRecord, wanted_parameters
-from daemon.runs import read_json, read_spec_record
+from daemon.runs import former_run, read_json, read_spec_record
 from daemon.session import Session, Sessions
 from daemon.sheet import crops_of, sheet_of, sheet_payload
 from handlers.context import Waiting
+from handlers.models.segments import SegmentNetwork
 from sessions import layout
 from sessions.captions import Chosen, first_line, is_ours, read_caption
 from sessions.manifest import outputs_present
@@ -42,6 +43,7 @@ class Preparer:
         sessions: to find a job's folder by its session's identity.
         index: to list the pictures of a session.
         rules: parameters of the pictures' outputs.
+        network: () → the salient-object network that is here.
     """
 
     root: Path
@@ -49,6 +51,7 @@ class Preparer:
     sessions: Sessions
     index: Index
     rules: PictureRules
+    network: Callable[[], SegmentNetwork | None] = lambda: None
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -133,11 +136,18 @@ class Preparer:
     def _crop(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         source = self._source(session, stored)
         self._require_wanted(session, "crop", stored)
+        network = self.network() if stored["params"].get("mode") == "smart" else None
+        segment = (
+            {"segment": os.fspath(network.path), "segment_memory": self.settings.limits.segment_memory}
+            if network
+            else {}
+        )
         return {
             "source": os.fspath(source),
             "output": os.fspath(session.folder / layout.CROPS / f"{stored['stem']}.jpg"),
             **stored["params"],
             "pixel_limit": self.settings.limits.picture_pixels,
+            **segment,
         }
 
     def _caption(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,6 +212,7 @@ class Preparer:
             "name": spec.name or session.name,
             "spec": spec.to_json(),
             "base": base_name(spec, self.settings),
+            "continued": former_run(session, spec.continue_) if spec.continue_ else None,
             "pictures": training_pictures(session, self.index),
         }
 

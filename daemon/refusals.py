@@ -21,11 +21,12 @@ def refuse(session: Session, name: str, refusal: Refusal, **stamp: Any) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    write_error(session.folder / name, refusal)
     known = session.manifest.get("refused", name) or {}
     line = {"kind": "refused", "source": name, **stamp, **refusal.to_json()}
     if any(known.get(key) != value for key, value in line.items()):
         session.manifest.append([line])
+    # The record comes first and goes last: whoever dies in between leaves no error file that nobody knows.
+    write_error(session.folder / name, refusal)
 
 
 def remove_refusal(session: Session, name: str, job: str) -> None:
@@ -36,8 +37,8 @@ def remove_refusal(session: Session, name: str, job: str) -> None:
     """
     known = session.manifest.get("refused", name)
     if known is not None and known.get("job") == job:
-        session.manifest.append([{"kind": "refused", "source": name, "gone": True}])
         remove_error(session.folder / name)
+        session.manifest.append([{"kind": "refused", "source": name, "gone": True}])
 
 
 def standing_errors(session: Session) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -36,12 +36,14 @@ class PictureRules:
         crop_resolution: side of the crop, in pixels.
         captioner: the captioner's name.
         caption: what else shapes captions, as far as it is no default.
+        network: () → the salient-object network that is here, for crops that are wished for with one.
     """
 
     crop_mode: str = "smart"
     crop_resolution: int = 512
     captioner: str = "kosmos-2"
     caption: Mapping[str, Any] = field(default_factory=dict)
+    network: Callable[[], Mapping[str, Any] | None] = lambda: None
 
     def parameters(self, kind: str) -> dict[str, Any]:
         """What the outputs of a kind depend on besides the picture."""
@@ -95,7 +97,7 @@ def wanted_parameters(
     own = rules.parameters(kind)
     if kind == "crop":
         caption, unmet = (_same(session, other, relative, fact) for other in ("caption", UNMET))
-        return crop_parameters(own, relative, session.crop_rules, record, caption, unmet=unmet)
+        return crop_parameters(own, relative, session.crop_rules, record, caption, unmet=unmet, network=rules.network)
     return None if record is not None and record.get("params") == own else own
 
 

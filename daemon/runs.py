@@ -11,6 +11,7 @@ from typing import Any
 from daemon.routing import RecordedRun, SpecRecord
 from daemon.session import Session
 from sessions.layout import RUNS
+from sessions.refusal import Refusal
 
 
 def read_spec_record(session: Session, relative: str) -> tuple[SpecRecord, bytes]:
@@ -55,6 +56,44 @@ def failed_runs(session: Session, relative: str) -> list[str]:
         return []
     ended = (run for run in recorded_runs(session) if run.ended in ("failed", "refused"))
     return [run.id for run in ended if run.spec.matches(record)]
+
+
+def former_run(session: Session, wanted: str) -> dict[str, str]:
+    """The finished run that ``continue:`` names: its ``run`` and ``model``, the model's file in the session.
+
+    Args:
+        session: the session.
+        wanted: ``last``, a run's id, or the name of a run's model, with or without its ending.
+
+    Raises:
+        Refusal: code ``spec``: there is none, or its file is gone.
+    """
+    made = [
+        {"run": str(record["run"]), "model": str(record["outputs"][0])}
+        for record in session.manifest.of_kind("convert")
+        if record.get("run") and record.get("outputs")
+    ]
+    here = [each for each in made if (session.folder / each["model"]).is_file()]
+    found = here if wanted == "last" else [each for each in here if wanted in _names(each)]
+    if found:
+        return found[-1]
+    gone = [each["model"] for each in made if wanted == "last" or wanted in _names(each)]
+    known = ", ".join(each["run"] for each in here)
+    what = f"The run's model {gone[-1]} is gone." if gone else f"There is no finished run {wanted} in this session."
+    raise Refusal(
+        "spec",
+        what,
+        f"Finished are: {known}." if known else "Leave continue out: the first run starts from a base.",
+    )
+
+
+def lacks_model(session: Session, run: RecordedRun) -> bool:
+    """Whether a run is finished and its file not made yet."""
+    return run.ended == "finished" and session.manifest.get("convert", run.id) is None
+
+
+def _names(made: Mapping[str, str]) -> tuple[str, ...]:
+    return made["run"], made["model"], Path(made["model"]).stem
 
 
 def _spec_record(value: Mapping[str, Any]) -> SpecRecord | None:

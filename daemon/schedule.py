@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _ALIVE_SECONDS = 20
 _BLOCKED_SECONDS = 5
+_NETWORKS_SECONDS = 10
 _FRESH_MINUTES = 5
 _DONE_ROWS_KEPT = 7 * 86400.0
 
@@ -38,6 +39,7 @@ class Schedule:
         """Begin ticking. Must be called in the event loop."""
         self._scheduler.add_job(self._daemon.notify_alive, "interval", seconds=_ALIVE_SECONDS)
         self._scheduler.add_job(self._try_blocked, "interval", seconds=_BLOCKED_SECONDS)
+        self._scheduler.add_job(self._daemon.look_for_networks, "interval", seconds=_NETWORKS_SECONDS)
         self._scheduler.add_job(self._keep_fresh, "interval", minutes=_FRESH_MINUTES)
         self._scheduler.add_job(self._tidy, "interval", hours=24)
         self._scheduler.start()

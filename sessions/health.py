@@ -15,7 +15,7 @@ from typing import Any
 FEW = 5
 """Pictures below which a set teaches little."""
 _SMALLEST = 512
-"""Pixels of the shorter side from which a picture is large enough for the bases that people use most."""
+"""Pixels of the shorter side from which a picture is large enough, where nobody says at what a set trains."""
 _NAMED = 4
 _GROUPS = 3
 # Sharpness is what the crop job measures, the deviation of the Laplacian of a lightness of 0..255: below the floor a
@@ -35,11 +35,12 @@ _HASH_BITS = 64
 Record = Mapping[str, Any]
 
 
-def review(records: Sequence[Record]) -> list[str]:
+def review(records: Sequence[Record], resolution: int = _SMALLEST) -> list[str]:
     """Lines about a set, the most important first; none where nothing is to be said.
 
     Args:
         records: the crops of the pictures that would train.
+        resolution: pixels of a side at which they would.
     """
     if not records:
         return []
@@ -61,6 +62,10 @@ def review(records: Sequence[Record]) -> list[str]:
         found = [record for record in single if belongs(record, typical)]
         if found:
             lines.append(f"{what}: {names.some(found)}. {advice}")
+    small = [record for record in single if _is_smaller(record, resolution)]
+    if small:
+        larger = "A larger version would train better."
+        lines.append(f"Smaller than {resolution} pixels: {names.some(small)}. {larger}")
     return lines
 
 
@@ -186,11 +191,11 @@ def _is_bright(record: Record, _typical: float) -> bool:
     return mean is not None and mean > _BRIGHT
 
 
-def _is_small(record: Record, _typical: float) -> bool:
+def _is_smaller(record: Record, resolution: int) -> bool:
     side = _number(record, "shorter_side")
     if side is None:
         side = min((float(length) for length in record.get("picture") or ()), default=None)
-    return side is not None and side < _SMALLEST
+    return side is not None and side < resolution
 
 
 _Finding = tuple[str, Callable[[Record, float], bool], str]
@@ -198,5 +203,4 @@ _FINDINGS: tuple[_Finding, ...] = (
     ("Blurred", _is_blurred, "A blurred picture teaches blur."),
     ("Too dark", _is_dark, "Little can be learned from them."),
     ("Too bright", _is_bright, "Little can be learned from them."),
-    (f"Smaller than {_SMALLEST} pixels", _is_small, "A larger version would train better."),
 )

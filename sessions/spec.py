@@ -304,6 +304,13 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "Give it steps, leave them out, or use dreambooth to train the text encoder alone.",
             lines.of("unet", "steps"),
         )
+    if spec.continue_ is not None and spec.base != "auto":
+        raise Refusal(
+            "spec",
+            f"continue: {spec.continue_} starts from a model of this session, and base: {spec.base} from another.",
+            "Leave one of them out.",
+            lines.of("base"),
+        )
     if spec.text_encoder.steps == 0 and spec.unet.steps == 0:
         raise Refusal(
             "spec",
@@ -322,13 +329,11 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             f"base: {spec.base}",
             "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
         ),
-        (spec.buckets, ("buckets",), "buckets", "Leave it out: pictures are cut to squares around their subject."),
         (spec.optimizer not in ("auto", "adamw"), ("optimizer",), f"optimizer: {spec.optimizer}", "Use adamw or auto."),
         (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
         (spec.ema, ("ema",), "ema", "Leave it out."),
         (spec.vae != "auto", ("vae",), "another VAE", "Use auto: the base's own."),
         (spec.save_every > 0, ("save_every",), "intermediate models", "Leave save_every out."),
-        (spec.continue_ is not None, ("continue",), "training on from a finished run", "Leave continue out."),
     ]
     for asked, key, name, advice in later:
         if asked:

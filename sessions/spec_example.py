@@ -14,11 +14,11 @@ EXAMPLE = """\
 #name: null             # what the model's file is called; null: like this folder
 
 ## What to train
-#base: auto             # miniature | sd15 | the name of a file or folder under Models/
-#method: auto           # dreambooth (two stages)
+#base: auto             # miniature | sd15 | sd21 | sd21-768 | sdxl | the name of a file or folder under Models/
+#method: auto           # dreambooth (two stages) | finetune (both together) | lora | dora; auto: lora for SDXL
 #resolution: auto       # pixels, like 512
 #crop: smart            # smart | centre | off: what the pictures are cut around; for single pictures see below
-#buckets: false
+#buckets: false         # true: wide and tall pictures train as such (up to 2:1) instead of as squares
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
 #lora: {rank: 16, alpha: 16}
@@ -27,7 +27,7 @@ EXAMPLE = """\
 ## How to train
 #optimizer: auto
 #schedule: linear       # linear | cosine | constant
-#batch_size: auto      # pictures a step; auto: 1, and more for the miniatures
+#batch_size: auto       # pictures a step; auto: 1, and more for the miniatures
 #precision: auto        # fp32 | fp16 | bf16
 #memory: auto
 #seed: 7
@@ -42,14 +42,14 @@ EXAMPLE = """\
 #prompts: auto             # what they show, like ["a photo of zwx dog", "zwx dog on the moon"]
 #save_every: 0
 #save_from: 0
-#continue: null
+#continue: null            # last, or the name of a run or of its model: more steps from there
 #publish: true             # into the WebUI when done
 #start: auto               # now: do not wait until all pictures have arrived
 
 ## What the crops shall show: write a file crop.txt into this folder, a wish a line. previews/crops.jpg shows them.
-##   subject: dog                    for every picture: a thing, or faces, or centre
+##   subject: dog                    for every picture: a thing, or faces, centre, segment (a network)
 ##   exclude: logo, sign             never these
 ##   IMG_1.jpg: 120 40 900 820       for one picture: left, top, right, bottom in pixels
 ##   IMG_2.jpg: 10% 5% 80% 90%       or in percent
-##   IMG_3.jpg: centre               or a thing, faces, centre
+##   IMG_3.jpg: centre               or a thing, faces, segment
 """

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.daemon_process import DaemonProcess
 from tests.daemon_process import until as until_deadline
+from tests.networks import red_network
 from tests.standins.running import write_model
 
 SETTINGS = {"webui": {"kind": "none"}, "watch": {"settle": 0.3}}
@@ -225,6 +226,12 @@ def test_crop_prints_a_row_a_picture_and_goes_on_past_a_bad_one(
     assert set(bad) == {"source", "error", "reason"}
     assert "empty" in bad["reason"]
 
+    segment = ("crop", str(folder / "good.jpg"), "--out", str(out), "--size", "128", "--subject", "segment")
+    (row,) = rows(daemon.run(*segment, "--json").stdout)
+    assert row["subject"] == "saliency"
+    assert "fastsd models get segment" in row["warnings"][0]
+    assert "fastsd models get segment" in daemon.run(*segment).stdout
+
     absent = daemon.run("crop", str(folder / "none.jpg"), "--out", str(out), "--json")
     assert absent.returncode == 1
     assert "none.jpg" in rows(absent.stdout)[0]["reason"]
@@ -304,6 +311,17 @@ def test_doctor_names_what_is_missing_and_fails_not_for_it(daemon: DaemonProcess
     assert found["tree"]["state"] == "ok"
     assert found["captioner"]["state"] == "note"
     assert "fastsd models get kosmos-2" in found["captioner"]["says"]
+    assert (found["faces"]["state"], found["foreground"]["state"]) == ("ok", "ok")
+    assert found["segment"]["state"] == "note"
+    assert "fastsd models get segment" in found["segment"]["says"]
+    network = daemon.root / "Models" / "u2netp.onnx"
+    network.parent.mkdir(exist_ok=True)
+    for content, state in ((b"nothing", "note"), (red_network(), "ok")):
+        network.write_bytes(content)
+        done = daemon.run("doctor", str(daemon.root), "--json")
+        (segment,) = [row for row in rows(done.stdout) if row["what"] == "segment"]
+        assert segment["state"] == state
+        assert str(network) in segment["says"]
 
 
 def test_the_output_of_a_command_may_be_cut_short(daemon: DaemonProcess) -> None:

@@ -15,6 +15,7 @@ from handlers.models.miniature.world import Scene, Thing, draw
 from sessions.layout import SHEET
 from sessions.manifest import Record, manifest_path
 from tests.daemon_process import DaemonProcess, until
+from tests.networks import red_network, red_picture, written
 
 SIDE = 256
 BLUE, RED = (40, 70, 210), (220, 40, 40)
@@ -134,3 +135,40 @@ def test_crop_txt_is_heeded_at_once_and_for_the_picture_that_it_names(daemon: Da
     shutil.rmtree(daemon.state.folder)
     assert daemon.once() == 0, daemon.log.read_text()
     assert manifest_path(session).read_bytes() == manifest, "nothing is made twice"
+
+
+def test_a_network_that_is_brought_while_the_daemon_runs_makes_the_crops_that_wait_for_it(
+    daemon: DaemonProcess, session: Path
+) -> None:
+    daemon.settings(watch={"settle": 0.3}, webui={"kind": "none"})
+    session.mkdir(parents=True)
+    models = daemon.root / "Models"
+    written(models, red_network()[:-20])
+    for number in range(3):
+        red_picture((600, 200), (0.8, 0.2, 0.95, 0.8)).save(session / f"{number}.png")
+    (session / "crop.txt").write_text("subject: segment\n")
+    daemon.start()
+
+    def subjects() -> set[str]:
+        return (
+            {crop["subject"] for crop in crops(daemon, session).values()} if len(crops(daemon, session)) == 3 else set()
+        )
+
+    def status() -> str:
+        file = session / "STATUS.txt"
+        return file.read_text() if file.exists() else ""
+
+    until(lambda: subjects() and "segment" not in subjects(), f"crops by other means; log: {daemon.log}")
+    until(lambda: "u2netp.onnx cannot be used" in status(), "STATUS.txt says why")
+    assert "fastsd models get segment" in status()
+    assert not list(session.rglob("*.error.txt"))
+    written(models, red_network())
+    until(lambda: subjects() == {"segment"}, f"crops by the network; log: {daemon.log}")
+    assert all(crop["box"] == [400, 0, 600, 200] for crop in crops(daemon, session).values())
+    until(lambda: "cannot be used" not in status(), "STATUS.txt is silent about it")
+    assert daemon.stop() == 0
+    # A machine without a network makes nothing again.
+    (models / "u2netp.onnx").unlink()
+    shutil.rmtree(daemon.state.folder)
+    assert daemon.once() == 0, daemon.log.read_text()
+    assert max(lines(session).values()) == 2

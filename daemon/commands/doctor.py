@@ -14,11 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import handlers
 from daemon.cli import DONE, FAILED
 from daemon.commands.roots import WrongUse, print_json, state_for
 from daemon.config import BadSettings, Settings, load_settings
 from daemon.state import cache_home, state_home
-from handlers.models import registry
+from handlers.models import registry, segments
+from handlers.models.headers import HeaderError
 from sessions.layout import MODELS
 from sessions.refusal import Refusal
 from sessions.status import size
@@ -68,6 +70,7 @@ def examine(root: Path | None) -> Iterator[Finding]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     yield Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", f"{version} (3.11 or newer is needed)")
     yield from _packages()
+    yield from _croppers()
     yield _state_folder()
     yield from _watches()
     settings = Settings()
@@ -83,6 +86,7 @@ def examine(root: Path | None) -> Iterator[Finding]:
         except BadSettings as error:
             yield Finding("settings", "fail", str(error))
     yield from _models(root, settings)
+    yield _segments(root)
     if settings.webui.kind != "none":
         yield _webui(settings)
 
@@ -102,6 +106,35 @@ def _packages() -> Iterator[Finding]:
             yield _device()
         else:
             yield Finding(extra, "ok", ", ".join(f"{name} {metadata.version(name)}" for name in names))
+
+
+def _croppers() -> Iterator[Finding]:
+    """The networks that come with fastsd: an installation may have lost them."""
+    folder = Path(handlers.__file__).parent / "crop"
+    for label, place, what in (
+        ("faces", "yunet/face_detection_yunet_2023mar.onnx", "YuNet finds faces"),
+        ("foreground", "selfie/selfie_segmentation_landscape.tflite", "a small network tells what stands in front"),
+    ):
+        file = folder / place
+        if file.is_file():
+            yield Finding(label, "ok", f"{what} ({file.name}, {file.stat().st_size // 1000} kB, built in)")
+        else:
+            yield Finding(label, "fail", f"{file} is missing: install fastsd again")
+
+
+def _segments(root: Path | None) -> Finding:
+    """The salient-object network: nothing needs one."""
+    network = segments.find(root / MODELS if root is not None else None, cache_home(os.environ))
+    if network is None:
+        says = "no salient-object network: pictures without a face are cropped around what stands out."
+        return Finding("segment", "note", f"{says} {segments.ADVICE}")
+    try:
+        side = segments.read_interface(network.path).side
+    except (HeaderError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        return Finding("segment", "note", f"{network.path} cannot be used: {why}. Get one with: {segments.GET}")
+    told = f"{network.path} ({size(network.bytes)}, reads {side} × {side} pixels)"
+    return Finding("segment", "ok", f"{told} is asked where no face and no grounded box is known")
 
 
 def _device() -> Finding:

@@ -13,6 +13,7 @@ from typing import Any
 from daemon.cli import DONE, FAILED, USAGE
 from daemon.commands.roots import complain, print_json
 from daemon.state import cache_home
+from handlers.models import segments
 from sessions import layout
 from sessions.ignore import is_ignored_file_name, is_ignored_folder_name
 
@@ -60,6 +61,7 @@ def crop(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out.absolute()
     if arguments.size < 1:
         return complain(f"--size {arguments.size} is no size", USAGE)
+    network = segments.find(None, cache_home(os.environ))
     payloads = [
         {
             "source": os.fspath(picture.absolute()),
@@ -68,6 +70,7 @@ def crop(arguments: argparse.Namespace) -> int:
             "mode": arguments.mode,
             "wish": {"subject": arguments.subject} if arguments.subject else None,
             "ground": _GROUNDS[arguments.ground],
+            "segment": os.fspath(network.path) if network else None,
         }
         for picture, stem in with_stems(pictures_in(arguments.sources))
     ]
@@ -75,10 +78,11 @@ def crop(arguments: argparse.Namespace) -> int:
     def row(payload: Mapping[str, Any], facts: Mapping[str, Any]) -> Row:
         size = facts.get("written_size") or [None]
         picked = {"box": facts.get("box"), "subject": facts.get("subject"), "size": size[0]}
-        return {"source": payload["source"], "output": payload["output"], **picked}
+        told = {"warnings": facts["warnings"]} if facts.get("warnings") else {}
+        return {"source": payload["source"], "output": payload["output"], **picked, **told}
 
     def line(found: Row) -> str:
-        return f"{found['output']}  ({found['subject']})"
+        return "\n  ".join((f"{found['output']}  ({found['subject']})", *found.get("warnings", ())))
 
     return run_one_off("crop", payloads, out, arguments, row=row, line=line, workers=os.cpu_count() or 1)
 

@@ -16,9 +16,11 @@ from handlers.crop.grounded import Entity, entities_of
 from handlers.crop.health import health
 from handlers.crop.limits import DECODE_BYTES, DECODE_SECONDS, limited_memory
 from handlers.crop.render import render, shrunk_to, write_picture
+from handlers.crop.segment import NetworkFile
 from handlers.crop.subject import Clues, Finders, Subject, find_subject
 from handlers.crop.window import PixelBox, square_window, whole_picture
 from handlers.crop.wish import Wish
+from handlers.models import segments
 from sessions.refusal import Refusal
 
 Mode = Literal["smart", "centre", "off"]
@@ -42,6 +44,7 @@ class CropRequest:
         wish: of a person, for this picture.
         ground: what shows through where the picture is transparent.
         seconds: how long decoding it may take.
+        network: a salient-object network, if one is here.
     """
 
     source: Path
@@ -54,6 +57,7 @@ class CropRequest:
     wish: Wish = field(default_factory=Wish)
     ground: Ground = GROUND
     seconds: float = DECODE_SECONDS
+    network: NetworkFile | None = None
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> CropRequest:
@@ -78,7 +82,13 @@ class CropRequest:
             Wish.of(payload.get("wish")),
             ground_of(payload.get("ground")),
             float(payload.get("seconds") or DECODE_SECONDS),
+            _network_of(payload),
         )
+
+
+def _network_of(payload: Mapping[str, Any]) -> NetworkFile | None:
+    file = payload.get("segment")
+    return NetworkFile(Path(file), int(payload.get("segment_memory") or segments.MEMORY)) if file else None
 
 
 def _mode(value: object) -> Mode:
@@ -112,6 +122,9 @@ class CropHandler:
         _require_other_file(source, request.output)
         with context.within(request.seconds, _too_slow(source, request.seconds)):
             decoded = _decoded(source, request)
+        if request.network is not None:
+            # Asking it for the first time may take as long as decoding; the daemon hears that this goes on.
+            context.report(0, 1, "", {})
         facts = crop(source, decoded, request, self._finders)
         context.report(1, 1, facts["subject"], {})
         return JobResult(facts=facts, outputs=[request.output])
@@ -148,7 +161,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
         Refusal: ``wish``: a fixed box does not fit the picture.
     """
     subject, box = _window(decoded, request, finders)
-    warnings = [*decoded.warnings, *([subject.warning] if subject.warning else [])]
+    warnings = [*decoded.warnings, *filter(None, (subject.warning, subject.problem))]
     size = shrunk_to((box[2] - box[0], box[3] - box[1]), request.resolution)
     if min(size) < request.resolution:
         warnings.append(
@@ -156,7 +169,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
             "it is used as it is, and a larger version would train better."
         )
     write_picture(render(decoded, box, size), request.output)
-    return {
+    facts = {
         "sha256": source.sha256,
         "box": list(box),
         "picture": list(decoded.size),
@@ -165,6 +178,7 @@ def crop(source: SourceFile, decoded: Decoded, request: CropRequest, finders: Fi
         "warnings": warnings,
         "health": health(decoded.image, decoded.size),
     }
+    return facts | ({"network_problem": subject.problem} if subject.problem else {})
 
 
 def _window(decoded: Decoded, request: CropRequest, finders: Finders) -> tuple[Subject, PixelBox]:
@@ -176,8 +190,12 @@ def _window(decoded: Decoded, request: CropRequest, finders: Finders) -> tuple[S
         return Subject("centre", ()), whole_picture(decoded.size)
     subject = Subject("centre", ())
     if request.mode == "smart":
-        subject = find_subject(decoded.image, finders, Clues(request.entities, request.words, request.wish))
+        subject = find_subject(decoded.image, finders, _clues(request))
     return subject, square_window(decoded.size, subject.boxes)
+
+
+def _clues(request: CropRequest) -> Clues:
+    return Clues(request.entities, request.words, request.wish, request.network)
 
 
 def _require_other_file(source: SourceFile, output: Path) -> None:

@@ -173,7 +173,18 @@ def box_of(likely: Map, wide: bool, window: float) -> Box | None:
         window: its length as a share of the longer side.
     """
     values = likely**2
-    mass = np.maximum(values - (values.mean() + values.std()), 0)
+    return densest_box(np.maximum(values - (values.mean() + values.std()), 0), wide, window, _TAIL)
+
+
+def densest_box(mass: Map, wide: bool, window: float, tail: float) -> Box | None:
+    """The box around the mass that the best window can hold, less its tails; None where there is no mass.
+
+    Args:
+        mass: [height, width], not negative.
+        wide: whether the window moves from left to right, else from top to bottom.
+        window: its length as a share of the longer side.
+        tail: share of the held mass that may lie outside the box at each of its ends.
+    """
     line = mass.sum(axis=0 if wide else 1)
     if not line.any():
         return None
@@ -184,8 +195,8 @@ def box_of(likely: Map, wide: bool, window: float) -> Box | None:
     best = np.flatnonzero(held >= 0.995 * held.max())
     start = int(best[len(best) // 2])
     part = mass[:, start : start + span] if wide else mass[start : start + span]
-    across, down = _bulk(part.sum(axis=0)), _bulk(part.sum(axis=1))
-    height, width = likely.shape
+    across, down = _bulk(part.sum(axis=0), tail), _bulk(part.sum(axis=1), tail)
+    height, width = mass.shape
     left, top = (start, 0) if wide else (0, start)
     return (
         (left + across[0]) / width,
@@ -195,10 +206,10 @@ def box_of(likely: Map, wide: bool, window: float) -> Box | None:
     )
 
 
-def _bulk(mass: NDArray[np.floating]) -> tuple[float, float]:
+def _bulk(mass: NDArray[np.floating], tail: float) -> tuple[float, float]:
     """The places of a line between which all but the tails of a mass lie."""
     total = np.concatenate([[0.0], np.cumsum(mass, dtype=np.float64)])
-    start, end = np.interp([_TAIL, 1 - _TAIL], total / total[-1], np.arange(len(total)))
+    start, end = np.interp([tail, 1 - tail], total / total[-1], np.arange(len(total)))
     return float(start), float(end)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from handlers.models import headers, pickles
+from handlers.models import headers, onnx_header, pickles
 from sessions import files
 from sessions.refusal import Refusal
 
@@ -32,11 +32,13 @@ def check_file(path: Path, name: str, sha256: str | None = None) -> str:
     """Refuse a file that is not whole, not safe, or not the one expected; gives its SHA-256.
 
     Raises:
-        Refusal: a safetensors header that does not fit, a pickle that would run code, another hash than ``sha256``.
+        Refusal: a header that does not fit, a pickle that would run code, another hash than ``sha256``.
     """
     try:
         if name.lower().endswith(".safetensors"):
             headers.read_header(path)
+        elif name.lower().endswith(".onnx"):
+            onnx_header.read_header(path)
         else:
             harmful = pickles.read_contents(path).harmful
             if harmful:

@@ -66,6 +66,7 @@ def download(
     progress: Callable[[float, float], None],
     *,
     sha256: str | None = None,
+    name: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
     """Fetch one file into a folder.
@@ -76,6 +77,7 @@ def download(
         scratch: the folder of what is not whole yet; another attempt goes on from there.
         progress: called with bytes done and in all (0: not known).
         sha256: the hash it must have, where one is known.
+        name: what it is called here; None takes the server's word.
         sleep: waits between attempts.
 
     Raises:
@@ -89,7 +91,8 @@ def download(
     with _alone(scratch / f"{key}.lock"):
         part = _Part(scratch / f"{key}.part", scratch / f"{key}.json")
         part.validator = _read_note(part.note)
-        name = _fetch(url, part, target, progress, sleep)
+        offered = _fetch(url, part, target, progress, sleep)
+        name = name or offered
         final = target / name
         try:
             digest = check_file(part.path, name, sha256)

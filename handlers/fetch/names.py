@@ -9,8 +9,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from sessions.refusal import Refusal
 
-# What WebUIs load. Nothing that a desktop would open or run.
-EXTENSIONS = (".safetensors", ".ckpt", ".pt", ".pth")
+# What WebUIs load, and segment networks. Nothing that a desktop would open or run.
+EXTENSIONS = (".safetensors", ".ckpt", ".pt", ".pth", ".onnx")
 _LONGEST = 200
 _LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 

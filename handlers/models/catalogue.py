@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUILT_IN = "built-in"
+SEGMENT = "segment"
+"""The kind of a salient-object network: one ONNX file (``segments``)."""
+# The exports that most programs use; their hashes are those that many projects pin, each with the same size.
+_SEGMENTS = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"
 GIB = 1024**3
 
 
@@ -14,12 +18,12 @@ class Entry:
 
     Attributes:
         name, family, kind, resolution: as in ``registry.Model``.
-        prediction: epsilon, v or flow; "" for a captioner.
-        origin: the hub id, or ``BUILT_IN``.
+        prediction: epsilon, v or flow; "" for a captioner or a segment network.
+        origin: the hub id, the https address of the one file, or ``BUILT_IN``.
         bytes: the size of its download, roughly.
         index: the file that stands for the whole download.
         parts: the folders of the download that must hold weights ("" is the download itself).
-        single: the hub's one-file form of the model, if it has one, and its SHA-256.
+        single: the model's one-file form, if it has one, and its SHA-256.
         licence: as its authors name it; gated models are marked.
     """
 
@@ -143,9 +147,47 @@ _TABLE = (
         parts=("",),
         licence="MIT",
     ),
+    Entry(
+        "u2netp",
+        "",
+        SEGMENT,
+        320,
+        "",
+        f"{_SEGMENTS}/u2netp.onnx",
+        4_574_861,
+        index="u2netp.onnx",
+        single=("u2netp.onnx", "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"),
+        licence="Apache-2.0",
+    ),
+    Entry(
+        "u2net",
+        "",
+        SEGMENT,
+        320,
+        "",
+        f"{_SEGMENTS}/u2net.onnx",
+        175_997_641,
+        index="u2net.onnx",
+        single=("u2net.onnx", "8d10d2f3bb75ae3b6d527c77944fc5e7dcd94b29809d47a739a7a728a912b491"),
+        licence="Apache-2.0",
+    ),
+    Entry(
+        "isnet-general-use",
+        "",
+        SEGMENT,
+        1024,
+        "",
+        f"{_SEGMENTS}/isnet-general-use.onnx",
+        178_648_008,
+        index="isnet-general-use.onnx",
+        single=("isnet-general-use.onnx", "60920e99c45464f2ba57bee2ad08c919a52bbf852739e96947fbb4358c0d964a"),
+        licence="Apache-2.0 (trained on DIS5K, which is for research)",
+    ),
 )
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _TABLE}
+ALIASES = {SEGMENT: "u2netp"}
+"""What people say for the one that does for most: the smallest of its kind."""
 # The side that a family was trained at, by its prediction: what a file that says nothing else is drawn at.
 RESOLUTIONS: dict[tuple[str | None, str | None], int] = {
     ("sd1", "epsilon"): 512,

@@ -37,7 +37,7 @@ BITS: dict[str, int] = {
 
 
 class HeaderError(ValueError):
-    """The file is no whole safetensors file; the message says where it goes wrong."""
+    """The file is no whole model file; the message says where it goes wrong."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sessions.refusal import Refusal
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
+_USUAL_RESOLUTION = 512
 GPU_FOR_SDXL = 12 * 1024**3
 
 
@@ -28,12 +29,12 @@ class Model:
     Attributes:
         name: the name people write in train.yaml and fastsd.yaml.
         family: sd1, sd2, sdxl, flux or kosmos2; "" where it cannot be told.
-        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder or
-            embedding.
+        kind: checkpoint (one file), diffusers (a folder), captioner, lora, vae, controlnet, adapter, text-encoder,
+            embedding or segment.
         path: the file or folder to load; where it would be put, if it is not present.
         resolution: the side in pixels that it draws or reads at; 0 where it has none of its own.
         bytes: size on disk; the size of the download, where known, if it is not present.
-        origin: a hub id, ``built-in`` or ``Models/``.
+        origin: a hub id, an https address, ``built-in`` or ``Models/``.
         present: whether it can be loaded now, without the network.
     """
 
@@ -104,6 +105,23 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
     return own
 
 
+def resolution_of(name: str, models_folder: Path | None, cache: Path) -> int:
+    """The side in pixels that a base draws at, be it here or not; 512 where nobody knows.
+
+    Args:
+        name: as train.yaml has it.
+        models_folder: the tree's ``Models/``; None where there is none.
+        cache: the folder of downloads.
+    """
+    try:
+        return check(name, "checkpoint", models_folder, cache).resolution or _USUAL_RESOLUTION
+    except MissingModel:
+        entry = catalogue.ENTRIES[_without_auto(name.strip(), _BASES).lower()]
+        return entry.resolution
+    except Refusal:
+        return _USUAL_RESOLUTION
+
+
 def _without_auto(name: str, wanted: frozenset[str]) -> str:
     if "captioner" in wanted:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
@@ -128,10 +146,12 @@ def _known(entry: Entry, cache: Path) -> Model:
 
 
 def local_copy(entry: Entry, cache: Path) -> Path | None:
-    """The folder of a hub model: where ``fastsd models get`` puts it, else the Hugging Face cache, if complete."""
+    """The folder of a download: where ``fastsd models get`` puts it, else the Hugging Face cache, if complete."""
     ours = cache / "models" / entry.name
     if is_complete(ours, entry):
         return ours
+    if "://" in entry.origin:
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(entry.origin, entry.index)

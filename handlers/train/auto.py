@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
@@ -114,6 +115,7 @@ class Plan:
         sample_every: steps of stage 2 between samples; 0 for none at all.
         prior_images, prior_weight: class pictures that train along, and what their loss counts; 0 for none.
         miniature: whether the base is a built-in miniature.
+        buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
     """
 
@@ -143,8 +145,14 @@ class Plan:
     prior_images: int = 0
     prior_weight: float = 1.0
     miniature: bool = False
+    buckets: bool = False
     lora_rank: int = 16
     lora_alpha: float = 16
+
+    @property
+    def bucket_shapes(self) -> tuple[Shape, ...]:
+        """The buckets of its resolution, (width, height)."""
+        return bucket_shapes(self.resolution, MINIATURE_SIDE_STEP if self.miniature else SIDE_STEP)
 
     @property
     def is_adapter(self) -> bool:
@@ -235,6 +243,7 @@ def make_plan(
         prior_images=spec.prior.images if spec.prior.weight else 0,
         prior_weight=spec.prior.weight,
         miniature=base.miniature,
+        buckets=spec.buckets,
         lora_rank=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
     )

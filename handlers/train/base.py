@@ -111,7 +111,7 @@ def find_base(name: str, models: Path | None, cache: Path, gpu_bytes: int = 0) -
             f"{name} is of the family {model.family}, which comes with a later version.",
             "Use an SD 1, SD 2 or SDXL base.",
         )
-    folder = model.path if model.path.is_dir() else _unpacked(model.path, _like(model, models, cache), cache)
+    folder = model.path if model.path.is_dir() else unpacked(model, models, cache)
     _refuse_variants(name, folder)
     return BaseModel(model, folder)
 
@@ -125,8 +125,14 @@ def _auto(models: Path | None, cache: Path, gpu_bytes: int) -> str:
     return wanted
 
 
-def _unpacked(file: Path, like: Path | None, cache: Path) -> Path:
-    """The Diffusers folder of one file, made once; what was made of an older file of that name is removed."""
+def unpacked(model: Model, models: Path | None, cache: Path) -> Path:
+    """The Diffusers folder of one file, made once; what was made of an older file of that name is removed.
+
+    Raises:
+        Refusal: the file cannot be converted.
+        Waiting: there is no room on the disk.
+    """
+    file = model.path
     facts = file.stat()
     source = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
     version = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:8]
@@ -138,7 +144,7 @@ def _unpacked(file: Path, like: Path | None, cache: Path) -> Path:
     for older in parent.glob(f"*-{source}-*"):
         shutil.rmtree(older, ignore_errors=True)
     try:
-        convert_single(file, folder, cache=cache, like=like)
+        convert_single(file, folder, cache=cache, like=_like(model, models, cache))
     except Refusal as refusal:
         if not folder.is_dir():  # else another worker was faster
             raise Refusal("base", f"{file.name} cannot be trained. {refusal.what}", refusal.advice) from None

@@ -1,7 +1,7 @@
 """The pictures of a run, frozen: whatever happens to the files afterwards, the run keeps the set that it began with.
 
 A picture is encoded once. The VAE gives a distribution; its mean and deviation are kept and sampled anew in each step,
-so that caching takes no randomness away.
+so that caching takes no randomness away. Pictures of one shape lie together.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from handlers.crop.decode import OpenPicture, read_source
 from handlers.crop.render import render_window
+from handlers.train.auto import Plan
+from handlers.train.buckets import Frame, Shape, bucket_frame
 from handlers.train.place import Place, folder_in
 from sessions import files
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
 
 FEWEST = 3
+# Any scale does to learn a picture's upright size; a small one decodes fast.
+_GLANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Rendered:
     """What the pictures of a job came to.
 
     Attributes:
-        images: RGB squares of the training's resolution.
+        images: RGB, squares of the training's resolution or of their buckets' shapes.
         pictures: the entries of the payload that they were made from, in the same order.
         left_out: ``{"source", "reason"}`` of those that could not be read.
     """
@@ -45,12 +50,23 @@ class Frozen:
     """Latent distributions.
 
     Attributes:
-        mean: (pictures, channels, height, width), float32, before the VAE's scaling factor.
-        std: the same shape.
+        mean: one a picture, (channels, height, width), float32, before the VAE's scaling factor.
+        std: the same shapes.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: Sequence[torch.Tensor]
+    std: Sequence[torch.Tensor]
+
+    def of(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of pictures of one shape, (pictures, channels, height, width)."""
+        return torch.stack([self.mean[index] for index in chosen]), torch.stack([self.std[index] for index in chosen])
+
+    def groups(self, first: int) -> list[list[int]]:
+        """The first so many pictures by their shape: lists of indices, in the order of the shapes."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index in range(first):
+            found.setdefault(tuple(self.mean[index].shape), []).append(index)
+        return [found[shape] for shape in sorted(found)]
 
 
 def render_pictures(
@@ -59,7 +75,8 @@ def render_pictures(
     """Render each picture's window from its original.
 
     Args:
-        pictures: ``source``, ``box`` (upright pixels) and whatever else the payload has.
+        pictures: ``source``, ``box`` (upright pixels), perhaps ``window`` and ``bucket``, and whatever else the payload
+            has.
         resolution: pixels of a side.
         progress: called with the number done; may raise to stop.
     """
@@ -67,7 +84,8 @@ def render_pictures(
     for number, picture in enumerate(pictures, 1):
         source = Path(picture["source"])
         try:
-            image = render_window(source, square_within(picture["box"]), resolution)
+            frame = frame_of(picture, resolution)
+            image = render_window(source, frame.window, frame.shape)
         except (Refusal, OSError, ValueError, TypeError) as error:
             reason = error.what if isinstance(error, Refusal) else str(error)
             rendered.left_out.append({"source": str(source), "reason": reason})
@@ -76,6 +94,67 @@ def render_pictures(
             rendered.pictures.append(picture)
         progress(number)
     return rendered
+
+
+def with_buckets(
+    pictures: Sequence[Mapping[str, Any]], shapes: Sequence[Shape], progress: Callable[[int], None]
+) -> list[Mapping[str, Any]]:
+    """Find each picture's bucket.
+
+    Args:
+        pictures: ``source``, ``box`` (upright pixels) and whatever else the payload has.
+        shapes: the buckets.
+        progress: called with the number done; may raise to stop.
+
+    Returns:
+        The pictures with ``picture`` (its upright size), ``bucket`` (a shape) and ``window`` (upright pixels). One that
+        cannot be read stays as it is: rendering it will say why.
+    """
+    found: list[Mapping[str, Any]] = []
+    for number, picture in enumerate(pictures, 1):
+        try:
+            size = upright_size(Path(picture["source"]))
+            frame = bucket_frame(size, square_within(picture["box"]), shapes)
+        except (Refusal, OSError, ValueError, TypeError):
+            found.append(picture)
+        else:
+            found.append({**picture, "picture": list(size), "bucket": list(frame.shape), "window": list(frame.window)})
+        progress(number)
+    return found
+
+
+def upright_size(source: Path) -> tuple[int, int]:
+    """(width, height) of a picture file as it is looked at.
+
+    Raises:
+        Refusal, OSError: it cannot be read.
+    """
+    return OpenPicture(read_source(source)).decode(_GLANCE).size
+
+
+def frame_of(entry: Mapping[str, Any], resolution: int) -> Frame:
+    """How a picture of a run is rendered: as its ``bucket`` and ``window`` say, else as the square in its ``box``."""
+    if "bucket" not in entry:
+        return Frame(square_within(entry["box"]), (resolution, resolution))
+    x0, y0, x1, y1 = entry["window"]
+    width, height = entry["bucket"]
+    return Frame((x0, y0, x1, y1), (width, height))
+
+
+def sizes_told(inputs: Sequence[Mapping[str, Any]], plan: Plan) -> torch.Tensor:
+    """What SDXL is told of each picture: original size, crop, size trained at; (pictures, 6) in pixels, heights first.
+
+    A window around a subject is a picture of its own, as if nothing had been cut off: told of a crop, the model would
+    learn that the subject belongs to cut pictures. A miniature knows no size but the one that it draws.
+    """
+    rows = []
+    for entry in inputs:
+        frame = frame_of(entry, plan.resolution)
+        left, top, right, bottom = frame.window
+        width, height = frame.shape
+        original = (height, width) if plan.miniature else (bottom - top, right - left)
+        rows.append([*original, 0, 0, height, width])
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def require_enough(rendered: Rendered) -> None:
@@ -107,7 +186,7 @@ def encode(images: Sequence[Image.Image], vae: Any, device: str, progress: Calla
     """Encode pictures one by one: the VAE takes more memory for a picture than a training step.
 
     Args:
-        images: RGB, of one size.
+        images: RGB.
         vae: diffusers' AutoencoderKL in float32.
         device: where to compute.
         progress: called with the number done; may raise to stop.
@@ -118,11 +197,11 @@ def encode(images: Sequence[Image.Image], vae: Any, device: str, progress: Calla
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy()) / 127.5 - 1.0
         with torch.no_grad():
             distribution = vae.encode(pixels.permute(2, 0, 1)[None].to(device)).latent_dist
-        means.append(distribution.mean.cpu())
-        deviations.append(distribution.std.cpu())
+        means.append(distribution.mean[0].cpu())
+        deviations.append(distribution.std[0].cpu())
         progress(number)
     vae.to("cpu")
-    return Frozen(torch.cat(means), torch.cat(deviations))
+    return Frozen(means, deviations)
 
 
 def _path(session: Path, run: str) -> Path:
@@ -135,7 +214,7 @@ def store(place: Place, run: str, frozen: Frozen) -> str:
     def write(session: Path) -> str:
         folder_in(session, PRIVATE, "frozen", run)
         with files.atomic_path(_path(session, run)) as temporary:
-            save_file({"mean": frozen.mean, "std": frozen.std}, temporary)
+            save_file(_tensors_of(frozen), temporary)
         return files.sha256_of(_path(session, run))
 
     return place.write(write)
@@ -150,4 +229,34 @@ def load(place: Place, run: str, digest: str) -> Frozen | None:
         tensors = load_file(path)
     except OSError:
         return None
-    return Frozen(tensors["mean"], tensors["std"])
+    return _frozen_of(tensors)
+
+
+def _tensors_of(frozen: Frozen) -> dict[str, torch.Tensor]:
+    """``mean`` and ``std`` of the first shape, ``mean.1`` and so on of the others, with the pictures' numbers."""
+    groups = frozen.groups(len(frozen.mean))
+    tensors: dict[str, torch.Tensor] = {}
+    for number, group in enumerate(groups):
+        mean, std = frozen.of(group)
+        tensors |= {_key("mean", number): mean, _key("std", number): std}
+        if len(groups) > 1:
+            tensors[_key("pictures", number)] = torch.tensor(group)
+    return tensors
+
+
+def _frozen_of(tensors: Mapping[str, torch.Tensor]) -> Frozen:
+    """The inverse of ``_tensors_of``."""
+    if "pictures" not in tensors:
+        return Frozen(tensors["mean"].unbind(), tensors["std"].unbind())
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    number = 0
+    while (key := _key("pictures", number)) in tensors:
+        means, deviations = tensors[_key("mean", number)], tensors[_key("std", number)]
+        found |= dict(zip(tensors[key].tolist(), zip(means, deviations, strict=True), strict=True))
+        number += 1
+    ordered = [found[index] for index in range(len(found))]
+    return Frozen([mean for mean, _ in ordered], [std for _, std in ordered])
+
+
+def _key(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name

@@ -20,7 +20,9 @@ from handlers.convert.quiet import quiet_libraries
 from handlers.train import checkpoint, dataset, prior, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel, find_base
+from handlers.train.buckets import bucket_counts, told_of
 from handlers.train.finish import finished_folder, write_adapters, write_finished
+from handlers.train.further import as_before, base_of_run, plan_of_run
 from handlers.train.loop import Material
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
@@ -40,7 +42,8 @@ class TrainHandler:
 
         Payload: ``folder``, ``root``, ``session``, ``run``, ``name``, ``spec``, ``spec_record``, ``base``, ``models``,
         ``pictures``: ``source``, ``sha256``, ``box``, ``caption``, and where known ``caption_by`` (``person``),
-        ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free. A run that has its
+        ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free; ``continued``: ``run`` and
+        ``model`` (a file in the session) to train on from. A run that has its
         ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
@@ -59,8 +62,11 @@ class TrainHandler:
         models = payload.get("models")
         # A run that began goes by what it wrote down, whatever became of the train.yaml and the pictures.
         name = str(record["base"]["name"] if record else payload["base"])
-        gpu = _gpu_bytes(context.device)
-        base = find_base(name, Path(models) if models else None, context.cache, gpu)
+        continued = record.get("continued") if record else payload.get("continued")
+        if continued:
+            base = base_of_run(place.now(), continued, context.cache)
+        else:
+            base = find_base(name, Path(models) if models else None, context.cache, _gpu_bytes(context.device))
         try:
             with _threads_for(base, context.device):
                 return _train(context, place, run, base, record)
@@ -123,7 +129,7 @@ def _train(
         device,
     )
     inputs = record["inputs"]
-    trainer = Trainer(base, pipeline, material, [entry["prompt"] for entry in inputs], _sizes(inputs, plan))
+    trainer = Trainer(base, pipeline, material, [entry["prompt"] for entry in inputs], dataset.sizes_told(inputs, plan))
     spent = float(found.state.get("seconds", 0.0)) if found else 0.0
     recorder = Recorder(
         context,
@@ -165,14 +171,20 @@ def _prepare(
     """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
+    if continued := payload.get("continued"):
+        spec = as_before(spec, plan_of_run(place.now(), continued))
     pictures = sorted(payload["pictures"], key=lambda picture: str(picture["source"]))
     plan = make_plan(spec, base.facts, pictures, str(payload.get("session")), _precision(context.device))
     if plan.precision != "fp32" and context.device == "cpu":
         raise Refusal("spec", f"precision: {plan.precision} needs a GPU.", "Use auto or fp32.")
     count = len(pictures)
-    rendered = dataset.render_pictures(
-        pictures, plan.resolution, lambda number: _progress(context, number, count, "reading the pictures")
-    )
+
+    def reading(number: int) -> None:
+        _progress(context, number, count, "reading the pictures")
+
+    if plan.buckets:
+        pictures = dataset.with_buckets(pictures, plan.bucket_shapes, reading)
+    rendered = dataset.render_pictures(pictures, plan.resolution, reading)
     dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
@@ -192,6 +204,7 @@ def _prepare(
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
     folder = place.now()
+    counts = bucket_counts(rendered.pictures)
     record = {
         "name": payload.get("name"),
         "session": payload.get("session"),
@@ -200,6 +213,7 @@ def _prepare(
         "spec": payload["spec"],
         "spec_record": payload.get("spec_record"),
         "plan": plan.to_json(),
+        "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),
@@ -208,9 +222,12 @@ def _prepare(
         "left_out": [
             {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
         ],
+        **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
     }
     run.write_record(record)
+    for line in told_of(counts, plan.batch_size):
+        run.log(line)
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
@@ -264,20 +281,6 @@ def _thaw(
     return encoded
 
 
-def _sizes(inputs: Sequence[Mapping[str, Any]], plan: Plan) -> torch.Tensor:
-    """What SDXL is told of each picture: original size, crop, size trained at; (pictures, 6) in pixels.
-
-    A window around a subject is a picture of its own, as if nothing had been cut off: told of a crop, the model would
-    learn that the subject belongs to cut pictures. A miniature knows one size alone.
-    """
-    rows = []
-    for entry in inputs:
-        left, _, right, _ = dataset.square_within(entry["box"])
-        side = plan.resolution if plan.miniature else right - left
-        rows.append([side, side, 0, 0, plan.resolution, plan.resolution])
-    return torch.tensor(rows, dtype=torch.float32)
-
-
 def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
     written = plan.captions == "all" or (plan.captions == "person" and picture.get("caption_by") == "person")
     source = str(picture["source"])
@@ -289,6 +292,7 @@ def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, An
         "source": _relative(source, folder),
         "sha256": picture.get("sha256"),
         "box": picture["box"],
+        **{key: picture[key] for key in ("picture", "bucket", "window") if key in picture},
         "prompt": training_prompt(plan.instance, plan.class_, plan.concept, source, caption, templates=plan.templates),
     }
 
@@ -360,6 +364,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "seconds": record["seconds"],
         "pictures": sum(not entry.get("prior") for entry in record["inputs"]),
         "left_out": record["left_out"],
+        **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
         "metadata": {
             "title": record.get("name"),

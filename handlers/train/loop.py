@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ class Material:
     scaling_factor: float
     device: str
 
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The subject's pictures by their shape: a step takes all of its own from one of these."""
+        return self.frozen.groups(self.subjects)
+
 
 def train_stage(
     stage: Stage,
@@ -182,34 +188,71 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     With ``min_snr`` (γ) each picture's loss is weighted by min(SNR, γ) / SNR, or / (SNR + 1) for velocity (Hang et al.
     2023). As many class pictures add their mean loss × ``prior_weight`` (Ruiz et al. 2023).
     """
-    plan, frozen, scheduler, device = material.plan, material.frozen, material.noise_scheduler, material.device
+    plan = material.plan
+    losses = torch.cat([_losses(stage, material, step, batch) for batch in _batches(stage, material, step)])
+    loss: torch.Tensor = losses[: plan.batch_size].mean()
+    return loss + plan.prior_weight * losses[plan.batch_size :].mean() if len(losses) > plan.batch_size else loss
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pictures of one shape, which go through the UNet together.
+
+    Attributes:
+        chosen: their indices.
+        timesteps: one each.
+        prefix: what their random numbers are for, in a word.
+    """
+
+    chosen: list[int]
+    timesteps: torch.Tensor
+    prefix: str = ""
+
+
+def _batches(stage: Stage, material: Material, step: int) -> list[_Batch]:
+    """The pictures of a step: those of the subject, all of one shape, then class pictures, which are square."""
+    plan, frozen = material.plan, material.frozen
     seed, number = plan.seed, stage.number
-    levels = scheduler.config.num_train_timesteps
-    chosen = randomness.pictures_of_step(material.subjects, plan.batch_size, seed, number, step)
+    levels = material.noise_scheduler.config.num_train_timesteps
+    groups = material.groups
+    group, earlier = randomness.group_of_step([len(group) for group in groups], seed, number, step)
+    order = randomness.pictures_of_step(len(groups[group]), plan.batch_size, seed, number, earlier)
+    chosen = [groups[group][index] for index in order]
     timesteps = randomness.timesteps(len(chosen), levels, seed, number, step)
-    if class_pictures := len(frozen.mean) - material.subjects:
-        of_class = randomness.pictures_of_step(class_pictures, plan.batch_size, seed, number, step, purpose="class")
-        chosen = [*chosen, *(material.subjects + index for index in of_class)]
-        its_timesteps = randomness.timesteps(len(of_class), levels, seed, number, step, purpose="class timesteps")
-        timesteps = torch.cat([timesteps, its_timesteps])
-    shape = tuple(frozen.mean[chosen].shape)
-    within = randomness.noise(shape, seed, number, step, "latents")
-    latents = ((frozen.mean[chosen] + frozen.std[chosen] * within) * material.scaling_factor).to(device)
-    noise = randomness.noise(shape, seed, number, step)
+    class_pictures = len(frozen.mean) - material.subjects
+    if not class_pictures:
+        return [_Batch(chosen, timesteps)]
+    its_order = randomness.pictures_of_step(class_pictures, plan.batch_size, seed, number, step, purpose="class")
+    of_class = [material.subjects + index for index in its_order]
+    its_timesteps = randomness.timesteps(len(of_class), levels, seed, number, step, purpose="class timesteps")
+    if frozen.mean[chosen[0]].shape == frozen.mean[of_class[0]].shape:
+        return [_Batch([*chosen, *of_class], torch.cat([timesteps, its_timesteps]))]
+    return [_Batch(chosen, timesteps), _Batch(of_class, its_timesteps, "class ")]
+
+
+def _losses(stage: Stage, material: Material, step: int, batch: _Batch) -> torch.Tensor:
+    """The weighted loss of each picture of a batch."""
+    plan, scheduler, device = material.plan, material.noise_scheduler, material.device
+    seed, number = plan.seed, stage.number
+    mean, std = material.frozen.of(batch.chosen)
+    shape = tuple(mean.shape)
+    within = randomness.noise(shape, seed, number, step, f"{batch.prefix}latents")
+    latents = ((mean + std * within) * material.scaling_factor).to(device)
+    noise = randomness.noise(shape, seed, number, step, f"{batch.prefix}noise")
     if plan.offset_noise:
-        noise = noise + plan.offset_noise * randomness.noise((*shape[:2], 1, 1), seed, number, step, "offset")
+        offset = randomness.noise((*shape[:2], 1, 1), seed, number, step, f"{batch.prefix}offset")
+        noise = noise + plan.offset_noise * offset
     noise = noise.to(device)
-    timesteps = timesteps.to(device)
+    timesteps = batch.timesteps.to(device)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    predicted = stage.unet(noisy_latents, timesteps, **stage.condition(chosen)).sample.float()
+    predicted = stage.unet(noisy_latents, timesteps, **stage.condition(batch.chosen)).sample.float()
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
-    losses = functional.mse_loss(predicted, target.float(), reduction="none").mean(dim=(1, 2, 3))
+    losses: torch.Tensor = functional.mse_loss(predicted, target.float(), reduction="none").mean(dim=(1, 2, 3))
     if plan.min_snr is not None:
         snr = compute_snr(scheduler, timesteps)
         losses = losses * snr.clamp(max=plan.min_snr) / (snr + 1 if is_velocity else snr)
-    loss: torch.Tensor = losses[: plan.batch_size].mean()
-    return loss + plan.prior_weight * losses[plan.batch_size :].mean() if class_pictures else loss
+    return losses
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:

@@ -15,9 +15,8 @@ from typing import Any
 from PIL import Image
 
 from handlers.context import Stopping
-from handlers.crop.decode import OpenPicture, read_source
 from handlers.train.auto import Plan
-from handlers.train.dataset import Rendered, render_pictures
+from handlers.train.dataset import Rendered, render_pictures, upright_size
 from handlers.train.place import Place, folder_in
 from handlers.train.prompts import class_prompt
 from sessions import files
@@ -26,8 +25,6 @@ from sessions.refusal import Refusal
 
 _BATCH = 8
 _MINIATURE_BATCH = 32
-# Any scale does to learn a picture's upright size; a small one decodes fast.
-_GLANCE = 0.1
 
 Wanted = tuple[str, int]
 """A prompt and a seed."""
@@ -121,7 +118,7 @@ def _write(session: Path, *, name: str, prompt: str, image: Image.Image) -> None
 
 
 def _entry(path: Path, plan: Plan) -> dict[str, Any]:
-    size = OpenPicture(read_source(path)).decode(_GLANCE).size
+    size = upright_size(path)
     try:
         said = " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").split())
     except OSError:

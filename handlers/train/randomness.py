@@ -6,6 +6,8 @@ Always drawn on the CPU, so that a seed means the same on every device.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from math import gcd
 
 import torch
 
@@ -58,3 +60,24 @@ def pictures_of_step(
             orders[epoch] = torch.randperm(pictures, generator=generator(seed, stage, epoch, purpose)).tolist()
         chosen.append(orders[epoch][index])
     return chosen
+
+
+def group_of_step(sizes: Sequence[int], seed: int, stage: int, step: int) -> tuple[int, int]:
+    """Which group of pictures a step sees, and how many steps before it saw that group.
+
+    A round of steps sees each group as often as its share of the pictures says, in an order of the round's own; it is
+    the shortest round that can. So every picture comes as often as every other, and no step mixes groups.
+
+    Args:
+        sizes: how many pictures each group has, at least one.
+        seed: the run's.
+        stage: 1 or 2.
+        step: counted from 0 within the stage.
+    """
+    shares = [size // gcd(*sizes) for size in sizes]
+    turns = [group for group, share in enumerate(shares) for _ in range(share)]
+    number_of_round, position = divmod(step, len(turns))
+    order = torch.randperm(len(turns), generator=generator(seed, stage, number_of_round, "groups"))
+    before = [turns[turn] for turn in order[: position + 1].tolist()]
+    group = before.pop()
+    return group, number_of_round * shares[group] + before.count(group)

@@ -73,6 +73,7 @@ class Adapter:
     def config(self) -> dict[str, Any]:
         """Peft's configuration; sets in order, so that a run writes the same bytes however often it is killed."""
         values: dict[str, Any] = self.module.peft_config["default"].to_dict()
+        values["base_model_name_or_path"] = None  # a path of this machine is nobody's business
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -30,6 +30,7 @@ from daemon.routing import PICTURE_KINDS, PictureRules
 from daemon.session import Session, Sessions
 from daemon.stamper import Stamper
 from daemon.terminal import NoDisplay
+from handlers.models.segments import SegmentNetwork
 from handlers.outcome import Outcome
 from sessions.ignore import IgnoreRules
 from sessions.layout import is_own_folder, is_picture_name
@@ -85,6 +86,7 @@ class House:
         self.least = 0.0
         self.faces: set[bytes] = set()
         self.entities: dict[bytes, list[dict[str, Any]]] = {}
+        self.network: SegmentNetwork | None = None
         self.payloads: list[dict[str, Any]] = []
         self.made: list[tuple[str, str]] = []
         self.ended: list[str | None] = []
@@ -99,7 +101,9 @@ class House:
         # No power cut comes in these tests, and thousands of syncs would be most of their time.
         self.queue._connection.execute("PRAGMA synchronous=OFF")
         self.sessions = Sessions(self.root)
-        rules = PictureRules(captioner=self.settings.captioner)
+        rules = PictureRules(
+            captioner=self.settings.captioner, network=lambda: self.network.to_json() if self.network else None
+        )
         self.planner = Planner(
             self.root,
             self.index,
@@ -125,7 +129,7 @@ class House:
             noted=lambda _path: None,
             tree_quiet=lambda _folder: self.quiet,
         )
-        self.preparer = Preparer(self.root, self.settings, self.sessions, self.index, rules)
+        self.preparer = Preparer(self.root, self.settings, self.sessions, self.index, rules, lambda: self.network)
         self.hooks = TreeHooks(
             preparer=self.preparer,
             sessions=self.sessions,
@@ -269,7 +273,11 @@ class House:
                 return Outcome("refused", refusal=Refusal("wish", "The box is too small.", "Correct the line."))
             output = _made(payload["output"], content)
             found = "face" if content in self.faces else "grounded" if payload.get("entities") else "centre"
+            segment = payload.get("wish", {}).get("subject") == "segment"
+            found = "segment" if segment and payload.get("segment") else found
             facts: dict[str, Any] = {"sha256": digest, "box": [0, 0, 1, 1], "picture": [1, 1], "subject": found}
+            if segment and found != "segment":
+                facts["network_problem"] = "There is no network."
             self.payloads.append(payload)
             return Outcome("done", facts=facts, outputs=(output,))
         outputs = [_made(payload["sidecar"], b"{}"), _made(payload["preview"], content)]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daemon.cropping import CropRules, crop_parameters, read_crop_rules, spoken_words
+from handlers.models.segments import SegmentNetwork
 from sessions.manifest import Manifest, Record
 from sessions.wishes import Wishes, parse_wishes
 from tests.daemon.house import House, without_syncs
@@ -508,3 +509,120 @@ def test_whatever_happens_the_crops_end_as_the_tree_wants_them(
         house.settle()
         assert house.made == made
         house.close()
+
+
+@pytest.mark.parametrize("dies", ["when it tells", "when it takes back"])
+def test_a_death_beside_an_error_file_leaves_none_behind(
+    house: House, dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon is killed between the two writes of a refusal; then the line is mended."""
+    wishes = house.write(f"{A}/crop.txt", "x.jpg: 1 2 3" if dies == "when it takes back" else "x.jpg: centre")
+    house.write(f"{A}/x.jpg", b"dog")
+    house.settle()
+    append = Manifest.append
+
+    def killed(manifest: Manifest, records: list[Record]) -> None:
+        if any(record["kind"] == "refused" for record in records):
+            raise KeyboardInterrupt
+        append(manifest, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "append", killed)
+        wishes.write_text("x.jpg: 5 5 1" if dies == "when it tells" else "x.jpg: centre")
+        with pytest.raises(KeyboardInterrupt):
+            house.settle()
+    house.restart("index", "queue")
+    wishes.write_text("x.jpg: 0 0 20 20")
+    house.settle()
+    assert not wishes.with_name("crop.txt.error.txt").exists()
+    assert Manifest.load(house.root / A).get("refused", "crop.txt") is None
+
+
+# Salient-object networks
+
+
+def test_a_network_that_comes_makes_the_crops_that_are_wished_for_with_one(house: House) -> None:
+    house.pictures(A, 1)
+    house.write(f"{A}/x.jpg", b"dog")
+    house.write(f"{A}/crop.txt", "x.jpg: segment")
+    house.settle()
+    assert crop(house)["params"] == {**OWN, "wish": {"subject": "segment"}}
+    assert "x.jpg: There is no network." in house.plans[A].hints
+    house.network = SegmentNetwork(house.root / "Models" / "u2netp.onnx", 7)
+    house.router.reroute()
+    house.settle()
+    assert crop(house)["params"] == {
+        **OWN,
+        "wish": {"subject": "segment"},
+        "network": {"name": "u2netp", "bytes": 7},
+    }
+    assert house.payloads[-1]["segment"].endswith("Models/u2netp.onnx")
+    assert house.payloads[-1]["segment_memory"] == 512_000_000
+    assert not any("network" in line for line in house.plans[A].hints)
+    assert (crops_made(house), crops_made(house, "0.jpg")) == (2, 1), "the others stand as they are"
+    # What one has made stands on a machine that has none, or another.
+    for network in (None, SegmentNetwork(house.root / "Models" / "u2net.onnx", 9)):
+        house.network = network
+        house.restart("index", "queue")
+        house.settle()
+        assert crops_made(house) == 2
+
+
+def test_a_network_that_failed_and_is_another_now_is_tried_again() -> None:
+    rules = CropRules(wishes=parse_wishes("subject: segment")[0])
+
+    def wanted(made: Record | None, size: int | None) -> dict[str, Any] | None:
+        network = {"name": "u2netp", "bytes": size}
+        return crop_parameters(OWN, "x.jpg", rules, made, None, network=lambda: network if size else None)
+
+    first = wanted(None, 5)
+    assert first is not None
+    made = {"params": first, "subject": "saliency"}
+    assert wanted(made, 5) is None
+    assert wanted(made, None) is None
+    again = wanted(made, 6)
+    assert again is not None
+    assert again["network"] == {"name": "u2netp", "bytes": 6}
+    assert wanted({"params": again, "subject": "segment"}, 5) is None
+
+
+def test_a_picture_without_that_wish_is_asked_of_the_network_that_is_here_and_never_made_again(house: House) -> None:
+    house.network = SegmentNetwork(house.root / "Models" / "u2netp.onnx", 7)
+    house.write(f"{A}/x.jpg", b"dog")
+    house.settle()
+    assert crop(house)["params"] == OWN
+    assert house.payloads[-1]["segment"].endswith("u2netp.onnx")
+    house.network = None
+    house.restart("index", "queue")
+    house.settle()
+    assert crops_made(house) == 1
+    house.write(f"{A}/y.jpg", b"cat")
+    house.settle()
+    assert "segment" not in house.payloads[-1]
+
+
+# Small pictures
+
+
+@pytest.mark.parametrize(
+    ("spec", "base", "smaller"),
+    [
+        (None, "auto", 512),
+        (None, "sdxl", 1024),
+        ("base: miniature\n", "sdxl", 64),
+        ("base: sd15\nresolution: 640\n", "sdxl", 640),
+        ("base: miniature\nresolution: 96\n", "auto", 96),
+        ("base: [\n", "sdxl", 1024),
+        ("base: nobody\n", "auto", 512),
+    ],
+)
+def test_small_is_what_the_session_trains_at(tmp_path: Path, spec: str | None, base: str, smaller: int) -> None:
+    house = House(tmp_path, webui={"kind": "none"}, base=base)
+    house.pictures(A, 2)
+    if spec:
+        house.write(f"{A}/train.yaml", spec)
+    house.settle()
+    assert [line.split(":")[0] for line in house.plans[A].hints if line.startswith("Smaller")] == [
+        f"Smaller than {smaller} pixels"
+    ]
+    house.close()

@@ -13,6 +13,7 @@ import pytest
 
 from daemon.jobs import Job
 from daemon.prepare import Gone, noun_of, person_text
+from sessions.refusal import Refusal
 from tests.daemon.house import SPEC, House
 
 A = "Sessions/a"
@@ -175,6 +176,48 @@ def test_a_model_that_is_gone_is_not_published(house: House) -> None:
     Path(given["model"]).unlink()
     with pytest.raises(Gone):
         payload(house, job)
+
+
+@pytest.mark.parametrize("wanted", ["last", "run", "model"])
+def test_a_run_that_goes_further_gets_the_model_of_the_one_before(wanted: str, house: House) -> None:
+    house.pictures(A)
+    house.write(f"{A}/train.yaml", SPEC)
+    house.settle()
+    house.work(kinds=("train", "convert"))
+    [made] = house.session(A).manifest.of_kind("convert")
+    model = made["outputs"][0]
+    named = {"last": "last", "run": made["run"], "model": Path(model).stem}[wanted]
+    house.write(f"{A}/train.yaml", f"start: now\ncontinue: {named}\n")
+    house.settle()
+    job = first_job(house, "train")
+    assert job.payload["run"] != made["run"]
+    assert payload(house, job)["continued"] == {"run": made["run"], "model": model}
+    (house.root / A / model).unlink()
+    with pytest.raises(Refusal, match=r"model .* is gone"):
+        payload(house, job)
+
+
+def test_a_run_that_nobody_knows_cannot_be_gone_on_from(house: House) -> None:
+    house.pictures(A)
+    house.write(f"{A}/train.yaml", "start: now\ncontinue: yesterday\n")
+    house.settle()
+    house.work()
+    assert not [job for job in house.queue.jobs() if job.kind == "train"]
+    assert "no finished run yesterday" in (house.root / A / "train.yaml.error.txt").read_text()
+
+
+def test_the_last_run_is_waited_for(house: House) -> None:
+    house.pictures(A)
+    house.write(f"{A}/train.yaml", SPEC)
+    house.settle()
+    house.work(kinds=("train",))
+    house.write(f"{A}/train.yaml", "start: now\ncontinue: last\n")
+    house.settle()
+    assert len({job.payload["run"] for job in house.queue.jobs() if job.kind == "train"}) == 1
+    assert any("continue: last waits for the model of run" in line for line in house.plans[A].waits)
+    house.work(kinds=("convert",))
+    house.settle()
+    assert len({job.payload["run"] for job in house.queue.jobs() if job.kind == "train"}) == 2
 
 
 @pytest.mark.parametrize(("phrase", "noun"), [("a snowman", "snowman"), ("The red car", "red car"), ("a", "a")])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from handlers.context import Waiting
 from handlers.fetch import get, hub
 from handlers.fetch.http import download
 from handlers.fetch.names import check_address, file_name, safe_name
-from handlers.models import catalogue
+from handlers.models import catalogue, registry, segments
 from sessions.refusal import Refusal
+from tests.networks import red_network
 
 
 def safetensors(size: int = 300_000) -> bytes:
@@ -449,3 +450,69 @@ def test_unknown_names_and_addresses_outside_a_tree_are_refused(tmp_path: Path) 
         get("nonsense", tmp_path, quiet)
     with pytest.raises(Refusal, match="Models folder"):
         get("https://example.org/a.safetensors", tmp_path, quiet)
+
+
+@pytest.fixture
+def small(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> catalogue.Entry:
+    """The entry of u2netp, with the server on this machine and the hash of what lies there."""
+    body = red_network()
+    shelf.files["/u2netp.onnx"] = body
+    pinned = ("u2netp.onnx", hashlib.sha256(body).hexdigest())
+    entry = replace(catalogue.ENTRIES["u2netp"], origin=f"{shelf.url}/u2netp.onnx", single=pinned)
+    monkeypatch.setitem(catalogue.ENTRIES, "u2netp", entry)
+    return entry
+
+
+@pytest.mark.parametrize("name", ["segment", "u2netp", "U2NetP"])
+def test_a_segment_network_is_fetched_by_name_once(
+    shelf: Shelf, tmp_path: Path, small: catalogue.Entry, name: str
+) -> None:
+    assert segments.find(None, tmp_path) is None
+    # Whatever the server calls it.
+    shelf.headers["Content-Disposition"] = 'attachment; filename="asset-17.onnx"'
+    for _ in range(2):
+        assert get(name, tmp_path, quiet) == tmp_path / "models" / "u2netp"
+    assert len(shelf.asked) == 1
+    found = segments.find(None, tmp_path)
+    assert found is not None
+    assert found.path.read_bytes() == shelf.files["/u2netp.onnx"]
+    assert segments.read_interface(found.path).side == 64
+    note = json.loads(found.path.with_name("u2netp.json").read_text())
+    assert small.single is not None
+    assert note["sha256"] == small.single[1]
+    listed = {model.name: model for model in registry.list_models(None, tmp_path)}
+    assert (listed["u2netp"].present, listed["u2net"].present) == (True, False)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another", "page"])
+def test_a_segment_network_that_is_not_the_one_is_refused(
+    shelf: Shelf, tmp_path: Path, small: catalogue.Entry, damage: str
+) -> None:
+    del small
+    whole = shelf.files["/u2netp.onnx"]
+    shelf.files["/u2netp.onnx"] = {"cut off": whole[:-30], "another": red_network(32), "page": b"<html>"}[damage]
+    with pytest.raises(Refusal):
+        get("segment", tmp_path, quiet)
+    assert segments.find(None, tmp_path) is None
+
+
+def test_a_damaged_segment_network_goes_aside_when_it_is_fetched_anew(
+    shelf: Shelf, tmp_path: Path, small: catalogue.Entry
+) -> None:
+    file = tmp_path / "models" / "u2netp" / small.index
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half of it")
+    get("segment", tmp_path, quiet)
+    assert file.read_bytes() == shelf.files["/u2netp.onnx"]
+    assert file.with_name("u2netp.onnx.old").read_bytes() == b"half of it"
+
+
+def test_the_catalogue_pins_every_segment_network() -> None:
+    entries = [entry for entry in catalogue.ENTRIES.values() if entry.kind == catalogue.SEGMENT]
+    assert len(entries) >= 3
+    for entry in entries:
+        assert entry.single is not None
+        assert entry.single[0] == entry.index
+        assert re.fullmatch(r"[0-9a-f]{64}", entry.single[1])
+        assert check_address(entry.origin) == "github.com"
+    assert catalogue.ALIASES[catalogue.SEGMENT] in catalogue.ENTRIES

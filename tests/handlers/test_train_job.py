@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from handlers.context import Cancelled, JobContext, JobResult, Waiting
 from handlers.convert.job import convert
 from handlers.models import miniature
+from handlers.train.finish import ADAPTER_FILE
 from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
 from tests.handlers.train_session import make_session, payload_of
@@ -153,6 +155,8 @@ def test_an_adapter_draws_in_diffusers_as_it_was_trained(name: str, method: str,
         assert same(tensors, weights(folder, part)), "the base stays as it is"
     finished = Path(result.facts["finished"])
     assert json.loads((finished / "adapter.json").read_text())["rank"] == 4
+    with safe_open(finished / ADAPTER_FILE, "pt") as file:
+        assert str(cache) not in str(file.metadata()), "an adapter that travels does not say where its base lay"
     pipeline = AutoPipelineForText2Image.from_pretrained(folder, local_files_only=True)
     prompt = {"prompt": "a zwx triangle", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
 
@@ -181,6 +185,32 @@ def test_fine_tuning_trains_both_together(steps: int, encoder_changes: bool, cac
     assert result.facts["steps"] == 4
     assert not same(weights(finished, "unet"), weights(base, "unet"))
     assert same(weights(finished, "text_encoder"), weights(base, "text_encoder")) is not encoder_changes
+
+
+def test_more_steps_from_a_finished_run(cache: Path, tmp_path: Path) -> None:
+    """It begins with the finished weights, and what train.yaml leaves open is as it was."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = "instance: qqq\nclass: shape\nsample_every: 0\nunet: {steps: 3, learning_rate: 1e-3}\n"
+    first, _ = train(payload_of(session, spec + "text_encoder: {steps: 2, learning_rate: 1e-3}\n"), cache)
+    finished = Path(first.facts["finished"])
+    file = session / "dog-r1.safetensors"
+    convert(finished, file)
+    former = {part: weights(finished, part) for part in ("unet", "text_encoder", "vae")}
+    shutil.rmtree(finished)
+    continued = {"run": "r1", "model": file.name}
+    still = "continue: last\nsample_every: 0\nunet: {steps: 1, learning_rate: 1e-30}\n"
+    second, _ = train(payload_of(session, still, run="r2", continued=continued), cache)
+    for part, tensors in former.items():
+        assert same(weights(Path(second.facts["finished"]), part), tensors)
+    record = json.loads((session / "runs" / "r2" / "run.json").read_text())
+    plan = record["plan"]
+    assert (plan["instance"], plan["class_"], plan["text_encoder_steps"]) == ("qqq", "shape", 0)
+    assert record["continued"] == continued
+    more, _ = train(payload_of(session, still.replace("1e-30", "1e-3"), run="r3", continued=continued), cache)
+    assert not same(weights(Path(more.facts["finished"]), "unet"), former["unet"])
+    file.unlink()
+    with pytest.raises(Refusal, match=r"dog-r1\.safetensors is gone"):
+        train(payload_of(session, still, run="r4", continued=continued), cache)
 
 
 def test_an_inpainting_base_is_refused(cache: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_what_is_no_picture_is_left_out_and_named(tmp_path: Path) -> None:
 def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class() -> None:
     """A network that predicts 0: each picture's loss is the mean square of its own noise."""
     plan = plan_of("class: dog\nprior: {images: 4, weight: 0.5}\nbatch_size: 2\n")
-    frozen = Frozen(torch.zeros(7, 4, 2, 2), torch.zeros(7, 4, 2, 2))
+    frozen = Frozen([torch.zeros(4, 2, 2)] * 7, [torch.zeros(4, 2, 2)] * 7)
     seen: list[int] = []
 
     def condition(chosen: list[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from handlers.context import JobContext, Stopping
 from handlers.models import miniature
 from handlers.train.job import TrainHandler
 from sessions import files
-from tests.handlers.train_session import make_session, payload_of
+from tests.handlers.train_session import make_long_session, make_session, payload_of
 
 SPEC = """
 text_encoder: {steps: 6, learning_rate: 1e-3}
@@ -167,6 +167,21 @@ def test_killed_at_the_border_of_the_stages(
     shutil.rmtree(session / ".fastsd" / "frozen")
     assert run_child(server, payload, cache, None) == list(range(7, TOTAL + 1))
     assert finished(session) == undisturbed
+
+
+def test_killed_with_buckets(server: ForkServerContext, cache: Path, tmp_path: Path) -> None:
+    """The order of the shapes is a function of the step: killed in both stages, its latents lost, the same bytes."""
+    spec = SPEC + "buckets: true\nbatch_size: 2\n"
+    whole = make_long_session(tmp_path / "whole" / "Sessions" / "dog")
+    assert run_child(server, payload_of(whole, spec), cache, None) == list(range(1, TOTAL + 1))
+    session = make_long_session(tmp_path / "killed" / "Sessions" / "dog")
+    payload = payload_of(session, spec)
+    assert run_child(server, payload, cache, 5) == [1, 2, 3, 4, 5]
+    shutil.rmtree(session / ".fastsd" / "frozen")
+    assert run_child(server, payload, cache, 11)[-1] == 11
+    assert run_child(server, payload, cache, None) == [11, 12, 13, 14]
+    assert finished(session) == finished(whole)
+    assert len(json.loads((session / "runs" / "r1" / "run.json").read_text())["buckets"]) == 3
 
 
 def test_renamed_while_it_trains_and_stopped(cache: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:

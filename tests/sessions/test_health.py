@@ -85,6 +85,13 @@ def test_what_is_wrong_with_a_picture(health: dict[str, Any], what: str) -> None
     assert line.startswith(f"{what}: odd.jpg. ")
 
 
+@pytest.mark.parametrize(("resolution", "small"), [(1024, True), (1000, False), (64, False)])
+def test_small_is_below_what_the_set_trains_at(resolution: int, small: bool) -> None:
+    lines = review([*pictures(6), picture("odd.jpg", 9, shorter_side=1000)], resolution)
+    told = f"Smaller than {resolution} pixels: odd.jpg. A larger version would train better."
+    assert lines == [told] * small
+
+
 @pytest.mark.parametrize(
     "health",
     [

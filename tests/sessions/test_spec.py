@@ -116,10 +116,9 @@ def test_other_lines_at_fault_are_named_too() -> None:
     [
         "memory: 24GB",
         "base: flux-dev",
-        "buckets: true",
         "ema: true",
         "save_every: 5",
-        "continue: last",
+        "vae: other",
     ],
 )
 def test_what_is_not_built_is_said_and_not_ignored(text: str) -> None:
