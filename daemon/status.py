@@ -20,6 +20,8 @@ from sessions.status import SessionStatus, duration, render, same_but_time, size
 
 log = logging.getLogger(__name__)
 STALE_AFTER = timedelta(minutes=10)
+# Measured on a miniature: docs/architecture.md.
+_DORA = "a DoRA: ComfyUI and Forge draw about as it was trained, A1111 does not"
 _DOING = {
     "crop": "cropping",
     "caption": "captioning",
@@ -166,7 +168,8 @@ def _lora_words(name: str, record: Mapping[str, Any], published: Mapping[str, An
         }
         where = proofs.get(str(published.get("proof")), "in the WebUI's folder, not drawn with")
         prompt = str(published.get("prompt") or prompt)
-    return f"{where}. Write into the prompt: {prompt}"
+    caution = f" ({_DORA})" if record.get("variant") == "dora" else ""
+    return f"{where}. Write into the prompt: {prompt}{caution}"
 
 
 def write_status(session: Session, status: SessionStatus, now: datetime) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -122,10 +123,11 @@ def _base_of(context: JobContext, source: Path) -> BaseModel | None:
     from handlers.train.base import find_base  # torch: only for this proof
 
     models = context.payload.get("models")
-    try:
-        return find_base(read_facts(source).base, Path(models) if models else None, context.cache)
-    except (Waiting, Refusal):
-        return None
+    # A run that went on from another one stands on that one's model, which lies beside its own.
+    for folder in (Path(models) if models else None, Path(context.payload["output"]).parent):
+        with suppress(Waiting, Refusal):
+            return find_base(read_facts(source).base, folder, context.cache)
+    return None
 
 
 def _facts(made: Converted, digest: str | None, payload: Mapping[str, Any]) -> dict[str, Any]:

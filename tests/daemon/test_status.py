@@ -145,6 +145,8 @@ def test_a_lora_is_told_with_what_draws_with_it(house: House, publish: dict[str,
     convert |= {"model_kind": "lora", "trigger": "zwx"}
     house.session(A).manifest.append([convert, *([{"kind": "publish", "run": "r", **publish}] if publish else [])])
     assert told(house).models == [f"a-r.safetensors  9.0 MB, {words}"]
+    house.session(A).manifest.append([{**convert, "variant": "dora"}])
+    assert told(house).models[0].endswith("(a DoRA: ComfyUI and Forge draw about as it was trained, A1111 does not)")
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "refused"])
