@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from handlers.context import JobContext, JobResult
 from handlers.convert import adapter_forward
 from handlers.convert.adapter import ADAPTER_FACTS, ADAPTER_FILE, adapter_header, convert_adapter, prove, read_facts
-from handlers.convert.job import ConvertHandler
+from handlers.convert.job import ConvertHandler, convert
 from handlers.convert.lora import read_lora
 from handlers.convert.verify import Unproven
 from handlers.models import miniature
@@ -172,6 +172,15 @@ def test_without_its_base_every_byte_is_compared(trained: Make, cache: Path, tmp
     facts = json.loads((source / ADAPTER_FACTS).read_text())
     (source / ADAPTER_FACTS).write_text(json.dumps({**facts, "base": "gone"}))
     assert run(source, tmp_path / "dog.safetensors", cache).facts["verified"] == "all"
+
+
+def test_a_base_that_is_another_runs_model_lies_beside_the_output(trained: Make, cache: Path, tmp_path: Path) -> None:
+    convert(miniature.folder_of("miniature", cache), tmp_path / "dog-r0.safetensors", verify="header")
+    source = tmp_path / "finished"
+    shutil.copytree(trained("miniature", "dora"), source)
+    facts = json.loads((source / ADAPTER_FACTS).read_text())
+    (source / ADAPTER_FACTS).write_text(json.dumps({**facts, "base": "dog-r0"}))
+    assert run(source, tmp_path / "dog-r1.safetensors", cache).facts["verified"] == "forward"
 
 
 def changed(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
