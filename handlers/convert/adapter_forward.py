@@ -87,8 +87,12 @@ def _adapt(module: Any, tensors: Tensors, facts: AdapterFacts) -> None:
     # Peft computes with any number and says int.
     alpha = cast("int", facts.alpha)
     config = LoraConfig(r=facts.rank, lora_alpha=alpha, target_modules=targets, use_dora=is_dora, bias="none")
-    module.add_adapter(config, adapter_name=_SOURCE)
-    set_peft_model_state_dict(module, dict(tensors), adapter_name=_SOURCE)
+    try:
+        module.add_adapter(config, adapter_name=_SOURCE)
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=_SOURCE)
+    except FAILURES as error:
+        first = str(error).strip().splitlines()
+        raise Unproven(f"{facts.base} is not what it was trained on: {first[0] if first else error!r}") from error
     _compare(get_peft_model_state_dict(module, adapter_name=_SOURCE), tensors)
 
 

@@ -31,6 +31,7 @@ _PIPELINES = {
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
     "flux": "FluxPipeline",
 }
+# What diffusers and peft raise where a file is not what they expect.
 FAILURES = (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError, TypeError)
 
 

@@ -155,7 +155,8 @@ def judge(picture: Picture, lora: Lora, digest: str, *, tells: bool) -> LoraProo
         NotTaken: it was drawn without it.
     """
     told = hashes_of(picture)
-    name = lora.name.replace(",", "")
+    # A1111 leaves out what parts its entries; strange white space may stand around a name.
+    name = lora.name.replace(",", "").strip()
     if name not in told:
         if told or (tells and picture.model_hash is not None):
             raise NotTaken(f"The WebUI drew without {lora.name}, which it lists: its log says why.")

@@ -10,12 +10,16 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from handlers.context import JobContext, JobResult, Waiting
+from handlers.publish.ask import Lora, Picture
 from handlers.publish.folders import beside
 from handlers.publish.job import Patience, PublishHandler
-from handlers.publish.lora import data_hash, hashes_of
+from handlers.publish.lora import Stale, data_hash, hashes_of, judge
 from handlers.publish.prove import NotTaken, draw
+from sessions.layout import model_stem
 from tests.standins.running import Running, free_port, until, webui, write_model, write_tensors
 
 PROMPT = "<lora:cat-1a2b:1> zwx cat"
@@ -136,6 +140,17 @@ def test_beside() -> None:
     assert beside(Path("/w/models/Stable-diffusion")) == Path("/w/models/Lora")
     assert beside(Path("/w/models/Stable-diffusion/xl/mine")) == Path("/w/models/Lora")
     assert beside(Path("/w/checkpoints")) == Path("/w/Lora")
+
+
+@given(name=st.text())
+def test_a_lora_of_any_sessions_name_is_found_in_what_the_picture_tells(name: str) -> None:
+    stem, digest = model_stem(name, "260101-abcd"), "0123456789ab"
+    # As A1111 writes them: commas part the entries, colons name and hash.
+    told = ", ".join(f"{each.replace(':', '').replace(',', '')}: {digest}" for each in ("other", stem))
+    picture = Picture(b"", "a" * 10, "old", {"extra_generation_params": {"Lora hashes": told}})
+    assert judge(picture, Lora(stem, ""), digest + "f" * 52, tells=True).kind == "picture"
+    with pytest.raises(Stale):
+        judge(picture, Lora(stem, ""), "f" * 64, tells=True)
 
 
 def test_absent_webui_waits_and_the_lora_lies_ready(job: Job) -> None:
