@@ -106,6 +106,9 @@ class TreeHooks(Hooks):
             case "done":
                 paths = [str(path) for path in outcome.outputs]
                 outcomes.record_done(session, job.kind, job.payload, outcome.facts, paths)
+                if prompt := outcome.facts.get("prompt"):
+                    note = outcome.facts.get("note")
+                    log.info("%s: write into the prompt: %s%s", job.subject, prompt, f" ({note})" if note else "")
                 if job.kind == "convert":
                     outcomes.tidy_after_convert(session, job.payload)
                 source = str(job.payload.get("source", ""))

@@ -15,7 +15,7 @@ from typing import Any
 from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.pipelines import pipeline_at
-from daemon.routing import PictureRules, SpecRecord, wanted_parameters
+from daemon.routing import ABOUT_LORAS, PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import former_run, read_json, read_spec_record
 from daemon.searching import Searching
 from daemon.session import Session, Sessions
@@ -289,6 +289,7 @@ class Preparer:
             "metadata": metadata,
             "run": stored["run"],
             "verify": "forward",
+            "models": self.models,
             "preview": os.fspath(session.folder / preview) if preview else None,
         }
 
@@ -309,6 +310,7 @@ class Preparer:
             "sha256": stored.get("sha256"),
             "webui": webui,
             "proof_picture": os.fspath(proof),
+            **{key: stored[key] for key in ABOUT_LORAS if key in stored},
         }
 
 

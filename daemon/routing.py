@@ -211,6 +211,10 @@ def convert_requests(session: Session) -> list[JobRequest]:
     ]
 
 
+ABOUT_LORAS = ("model_kind", "family", "trigger")
+"""What publishing a LoRA needs to know of its conversion; a checkpoint has no ``model_kind``."""
+
+
 def publish_requests(session: Session) -> list[JobRequest]:
     """A publication for each converted model that is meant for the WebUI and is not there yet."""
     return [
@@ -219,7 +223,13 @@ def publish_requests(session: Session) -> list[JobRequest]:
             "publish",
             session.id,
             record["outputs"][0],
-            {"run": record["run"], "model": record["outputs"][0], "name": session.name, "sha256": record.get("sha256")},
+            {
+                "run": record["run"],
+                "model": record["outputs"][0],
+                "name": session.name,
+                "sha256": record.get("sha256"),
+                **{key: record[key] for key in ABOUT_LORAS if record.get("model_kind") and key in record},
+            },
         )
         for record in session.manifest.of_kind("convert")
         if record.get("publish", True) and session.manifest.get("publish", record["run"]) is None

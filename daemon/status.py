@@ -21,6 +21,8 @@ from sessions.status import SessionStatus, duration, render, same_but_time, size
 
 log = logging.getLogger(__name__)
 STALE_AFTER = timedelta(minutes=10)
+# Measured on a miniature: docs/architecture.md.
+_DORA = "a DoRA: ComfyUI and Forge draw about as it was trained, A1111 does not"
 _DOING = {
     "crop": "cropping",
     "caption": "captioning",
@@ -146,12 +148,31 @@ def _model_line(session: Session, record: Mapping[str, Any]) -> str:
     name = record["outputs"][0] if record.get("outputs") else f"run {record['run']}"
     published = session.manifest.get("publish", str(record["run"]))
     where = "proven"
+    if record.get("model_kind") == "lora":
+        return f"{name}  {size(record.get('bytes', 0))}, {_lora_words(name, record, published)}"
     if published:
         proofs = {"picture": "in the WebUI, proven by a picture", "name": "in the WebUI, chosen by its name"}
         where = proofs.get(str(published.get("proof")), "in the WebUI's folder, not chosen")
         if published.get("sd_model_hash"):
             where = f"{where} ({published['sd_model_hash']})"
     return f"{name}  {size(record.get('bytes', 0))}, {where}"
+
+
+def _lora_words(name: str, record: Mapping[str, Any], published: Mapping[str, Any] | None) -> str:
+    """How far a LoRA is proven, and what draws with it."""
+    stem = name.rpartition("/")[2].removesuffix(".safetensors")
+    prompt = layout.lora_prompt(stem, str(record.get("trigger") or ""))
+    where = "proven"
+    if published:
+        proofs = {
+            "picture": f"in the WebUI, proven by a picture ({published.get('lora_hash')})",
+            "name": "in the WebUI, drawn with by its name",
+            "listed": f"in the WebUI's list, not drawn with: {published.get('note')}",
+        }
+        where = proofs.get(str(published.get("proof")), "in the WebUI's folder, not drawn with")
+        prompt = str(published.get("prompt") or prompt)
+    caution = f" ({_DORA})" if record.get("variant") == "dora" else ""
+    return f"{where}. Write into the prompt: {prompt}{caution}"
 
 
 def write_status(session: Session, status: SessionStatus, now: datetime) -> None:

@@ -252,6 +252,11 @@ def model_stem(session_name: str, run: str) -> str:
     return f"{_cut(safe, session_name)}-{run}"
 
 
+def lora_prompt(stem: str, trigger: str) -> str:
+    """What a prompt says to draw with a LoRA, in A1111's and Forge's words: the file's stem at full strength."""
+    return f"<lora:{stem}:1> {trigger}".rstrip()
+
+
 def find_session_folder(root: Path, session_id: str, hint: Path) -> Path:
     """The folder of a session, wherever it has been moved inside the tree.
 

@@ -25,6 +25,7 @@ from daemon.install import (
     unit_folder,
 )
 from daemon.services.webui import working_folder
+from handlers.publish.folders import beside
 from sessions.refusal import Refusal
 
 
@@ -90,6 +91,7 @@ def unit_for(
     runs_in = working_folder(webui.command) if webui.command else None
     state = Path(environment["FASTSD_STATE"]).resolve() if environment.get("FASTSD_STATE") else None
     system = scope == "system"
+    loras = webui.loras or (beside(webui.models) if webui.models else None)
     return Unit(
         scope,
         command,
@@ -97,7 +99,7 @@ def unit_for(
         state or (SYSTEM_STATE if system else None),
         SYSTEM_SECRETS if system else home / ".config/fastsd/environment",
         pwd.getpwuid(root.stat().st_uid).pw_name if system else None,
-        tuple(folder.expanduser().resolve() for folder in (webui.models, webui.loras, runs_in) if folder is not None),
+        tuple(folder.expanduser().resolve() for folder in (webui.models, loras, runs_in) if folder is not None),
         (python.resolve(),),
     )
 

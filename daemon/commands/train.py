@@ -47,10 +47,13 @@ def train(arguments: argparse.Namespace) -> int:
     new = [record for record in _models(folder) if record not in before]
     for record in new:
         model = folder / record["outputs"][0]
+        prompt = _prompt(model, record)
         if arguments.json:
-            print_json({"folder": os.fspath(folder), "run": record["run"], "model": os.fspath(model)})
+            print_json({"folder": os.fspath(folder), "run": record["run"], "model": os.fspath(model), "prompt": prompt})
         else:
             print(f"{model}  ({record['bytes']:,} bytes, verified: {record['verified']})")
+            if prompt:
+                print(f"Put it beside your WebUI's LoRAs, and write into the prompt: {prompt}")
     if new:
         return code
     status = folder / layout.STATUS
@@ -58,6 +61,13 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"{folder} has its model already. Save train.yaml again to train anew.")
         return DONE
     return complain(f"no model was made; {status} says why", FAILED)
+
+
+def _prompt(model: Path, record: Record) -> str | None:
+    """What draws with a LoRA; None for a model that is chosen."""
+    if record.get("model_kind") != "lora":
+        return None
+    return layout.lora_prompt(model.stem, str(record.get("trigger") or ""))
 
 
 def _models(folder: Path) -> list[Record]:

@@ -31,7 +31,8 @@ _PIPELINES = {
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
     "flux": "FluxPipeline",
 }
-_FAILURES = (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError, TypeError)
+# What diffusers and peft raise where a file is not what they expect.
+FAILURES = (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, AttributeError, TypeError)
 
 
 def compare_forward(
@@ -109,7 +110,7 @@ def _load(load: Any, file: Path, **settings: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries tell of their own futures here
             return load(str(file), **settings)
-    except _FAILURES as error:
+    except FAILURES as error:
         first = str(error).strip().splitlines()
         raise Unproven(f"diffusers cannot load the file: {first[0] if first else type(error).__name__}") from error
 
@@ -125,14 +126,29 @@ def _compare_weights(name: str, ours: Any, theirs: Any) -> None:
 
 
 def _compare_outputs(name: str, ours: Any, theirs: Any, device: str) -> None:
-    inputs = _inputs(name, theirs.config)
-    outputs = []
-    for model in (ours, theirs):
-        # Half precision has no CPU kernels for some layers; the weights are equal already.
-        ready = model.eval().to(device=device, dtype=torch.float32)
-        with torch.no_grad():
-            outputs.append(_run(ready, _placed(inputs, device)))
-    have, want = outputs
+    compare_outputs(name, output_of(name, ours, device), output_of(name, theirs, device))
+
+
+def output_of(name: str, model: Any, device: str) -> torch.Tensor:
+    """What a component computes of fixed inputs, in float32; the model is moved and cast in place.
+
+    Args:
+        name: of the component.
+        model: it.
+        device: where to compute.
+    """
+    # Half precision has no CPU kernels for some layers; the weights are equal already.
+    ready = model.eval().to(device=device, dtype=torch.float32)
+    with torch.no_grad():
+        return _run(ready, _placed(_inputs(name, ready.config), device))
+
+
+def compare_outputs(name: str, have: torch.Tensor, want: torch.Tensor) -> None:
+    """Compare what a written component computes with what its source does.
+
+    Raises:
+        Unproven: they differ by more than the order of additions, or are no numbers.
+    """
     if not bool(torch.isfinite(want).all()):
         raise Unproven(f"{name} computes values that are no numbers")
     worst = float((have - want).abs().max())

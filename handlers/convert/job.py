@@ -1,19 +1,24 @@
-"""The handler: one file from a Diffusers folder, or a folder from one file, proven before it gets its name."""
+"""The handler: one file from a Diffusers folder or an adapter, or a folder from one file; proven before it is named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from handlers.context import JobContext, JobResult, Stopping
-from handlers.convert.ask import DTYPES, Converted, Verify, Weights
+from handlers.context import JobContext, JobResult, Stopping, Waiting
+from handlers.convert.adapter import convert_adapter, is_adapter, lora_facts, lora_sidecar, read_facts
+from handlers.convert.ask import DTYPES, Converted, Progress, Verify, Weights
 from handlers.convert.folder import convert_single
 from handlers.convert.preview import read_picture, thumbnail_of, write_preview
 from handlers.convert.single import convert, is_converted
 from handlers.convert.verify import Unproven
 from sessions import files
 from sessions.refusal import Refusal
+
+if TYPE_CHECKING:
+    from handlers.train.base import BaseModel
 
 
 class ConvertHandler:
@@ -22,11 +27,12 @@ class ConvertHandler:
     def run(self, context: JobContext) -> JobResult:
         """Convert ``source`` to ``output``.
 
-        Payload: ``source`` (a Diffusers folder, or one file), ``output`` (one file, or the folder to make), ``dtype``
-        (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a picture to lie
-        beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs`` and ``facts``
-        of an earlier conversion, given back where they still hold every byte of the folder); of a file also ``like``
-        (a Diffusers folder of the same shape) and ``weights``.
+        Payload: ``source`` (a Diffusers folder, an adapter's, or one file), ``output`` (one file, or the folder to
+        make), ``dtype`` (null keeps), ``metadata``, and optionally ``verify`` (default ``forward``), ``preview`` (a
+        picture to lie beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs``
+        and ``facts`` of an earlier conversion, given back where they still hold every byte of the folder); of a file
+        also ``like`` (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its
+        base may lie).
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -37,46 +43,91 @@ class ConvertHandler:
         if (known := payload.get("known")) and is_converted(source, Path(known["outputs"][0])):
             return JobResult(facts=dict(known["facts"]), outputs=[Path(output) for output in known["outputs"]])
         files.sweep_temporaries(output.parent)
-
-        def progress(done: int, total: int, note: str) -> None:
-            context.progress(done, total, note)
-            if context.is_stopping():
-                raise Stopping
-
-        verify = _verify_of(payload.get("verify"))
         if source.is_file():
-            like = payload.get("like")
-            made = convert_single(
-                source,
-                output,
-                dtype=payload.get("dtype"),
-                verify=verify,
-                like=Path(like) if like else None,
-                weights=_weights_of(payload.get("weights")),
-                cache=context.cache,
-                device=context.device,
-                progress=progress,
-            )
+            made = _to_folder(context, source, output)
             return JobResult(facts=_facts(made, None, payload), outputs=[output])
         picture = read_picture(payload.get("preview"))
         metadata = dict(payload.get("metadata") or {})
-        made = convert(
-            source,
-            output,
-            dtype=payload.get("dtype"),
-            metadata=metadata if picture is None else {**metadata, "thumbnail": thumbnail_of(picture)},
-            verify=verify,
-            vae=_vae_of(payload.get("vae")),
-            device=context.device,
-            progress=progress,
-        )
+        if picture is not None:
+            metadata["thumbnail"] = thumbnail_of(picture)
+        if is_adapter(source):
+            made, of_lora = _adapter(context, source, output, metadata), lora_facts(read_facts(source), payload)
+            more = lora_sidecar(output.stem, of_lora)
+        else:
+            made, of_lora, more = _to_file(context, source, output, metadata), {}, {}
         digest = files.sha256_of(output)
         outputs = [output, *made.beside]
         if picture is not None:
             outputs.append(write_preview(picture, output))
         sidecar = output.with_suffix(".json")
-        files.write_json(sidecar, _summary(made, digest, payload))
-        return JobResult(facts=_facts(made, digest, payload), outputs=[*outputs, sidecar])
+        files.write_json(sidecar, {**_summary(made, digest, payload), **more})
+        return JobResult(facts={**_facts(made, digest, payload), **of_lora}, outputs=[*outputs, sidecar])
+
+
+def _progress(context: JobContext) -> Progress:
+    def progress(done: int, total: int, note: str) -> None:
+        context.progress(done, total, note)
+        if context.is_stopping():
+            raise Stopping
+
+    return progress
+
+
+def _to_folder(context: JobContext, source: Path, output: Path) -> Converted:
+    payload = context.payload
+    like = payload.get("like")
+    return convert_single(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        verify=_verify_of(payload.get("verify")),
+        like=Path(like) if like else None,
+        weights=_weights_of(payload.get("weights")),
+        cache=context.cache,
+        device=context.device,
+        progress=_progress(context),
+    )
+
+
+def _to_file(context: JobContext, source: Path, output: Path, metadata: Mapping[str, object]) -> Converted:
+    payload = context.payload
+    return convert(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        metadata=metadata,
+        verify=_verify_of(payload.get("verify")),
+        vae=_vae_of(payload.get("vae")),
+        device=context.device,
+        progress=_progress(context),
+    )
+
+
+def _adapter(context: JobContext, source: Path, output: Path, metadata: Mapping[str, object]) -> Converted:
+    payload = context.payload
+    verify = _verify_of(payload.get("verify"))
+    return convert_adapter(
+        source,
+        output,
+        dtype=payload.get("dtype"),
+        metadata=metadata,
+        verify=verify,
+        base=_base_of(context, source) if verify == "forward" else None,
+        device=context.device,
+        progress=_progress(context),
+    )
+
+
+def _base_of(context: JobContext, source: Path) -> BaseModel | None:
+    """What an adapter was trained on; None where it is not on this machine any more."""
+    from handlers.train.base import find_base  # torch: only for this proof
+
+    models = context.payload.get("models")
+    # A run that went on from another one stands on that one's model, which lies beside its own.
+    for folder in (Path(models) if models else None, Path(context.payload["output"]).parent):
+        with suppress(Waiting, Refusal):
+            return find_base(read_facts(source).base, folder, context.cache)
+    return None
 
 
 def _facts(made: Converted, digest: str | None, payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A pair (down: rank × in, up: out × rank) adds ``alpha / rank · up @ down`` to the weight of its module. kohya keeps
 alpha in a tensor beside the pair; diffusers in its header (``lora_adapter_metadata``), peft in ``adapter_config.json``;
-where nothing says, it is the rank.
+where nothing says, it is the rank. A DoRA (Liu et al. 2024) has a third tensor: the length that each row of the changed
+weight gets, one number a row (peft's shapes) or one a row of the weight's own dimensions (kohya's).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,9 @@ _ENDINGS = {
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
+    ".dora_scale": "scale",
+    ".lora_magnitude_vector.weight": "scale",
+    ".lora_magnitude_vector": "scale",
 }
 # Before peft, diffusers put a LoRA into the attention's processor.
 _PROCESSOR = re.compile(r"^(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
@@ -51,12 +55,14 @@ class Pair:
         down: rank × in (and × the kernel, for a convolution).
         up: out × rank (× 1 × 1).
         alpha: its strength is ``alpha / rank``.
+        scale: of a DoRA: the length of each of the out rows.
     """
 
     module: Module
     down: Located
     up: Located
     alpha: float
+    scale: Located | None = None
 
     @property
     def rank(self) -> int:
@@ -81,8 +87,12 @@ class Lora:
     metadata: Mapping[str, str]
 
 
-def read_lora(path: Path) -> Lora:
+def read_lora(path: Path, variants: Collection[str] = ()) -> Lora:
     """Read a LoRA: a ``.safetensors`` file, or a peft folder.
+
+    Args:
+        path: the file or folder.
+        variants: which are read besides plain ones: ``dora``.
 
     Raises:
         Refusal: it is damaged, no LoRA, of a kind or family that is not converted, or a tensor has no counterpart.
@@ -93,7 +103,7 @@ def read_lora(path: Path) -> Lora:
         raise Refusal("source", f"{path.name} is no .safetensors file and no peft folder.", "Name one.")
     header = read_header(file)
     found = probe({name: entry.shape for name, entry in header.tensors.items()})
-    _require_lora(path, found)
+    _require_lora(path, found, variants)
     halves: dict[Module, dict[str, Located]] = {}
     for key, entry in header.tensors.items():
         module, half = _parse(key)
@@ -111,10 +121,10 @@ def read_lora(path: Path) -> Lora:
 _FAMILIES = "LoRAs of SD 1, SD 2 and SDXL are converted."
 
 
-def _require_lora(path: Path, found: Probe) -> None:
+def _require_lora(path: Path, found: Probe, variants: Collection[str]) -> None:
     if found.kind != "lora":
         raise Refusal("source", f"{path.name} is {f'a {found.kind}' if found.kind else 'no LoRA'}.", "Name a LoRA.")
-    if found.variant:
+    if found.variant and found.variant not in variants:
         raise Refusal("source", f"{path.name} is a {found.variant}, no plain LoRA.", "Use a plain LoRA or LoCon.")
     if found.family not in (None, *LORA_FAMILIES):
         raise Refusal("source", f"{path.name} is a LoRA of {found.family}.", _FAMILIES)
@@ -147,7 +157,11 @@ def _pair(path: Path, module: Module, parts: Mapping[str, Located], alphas: _Alp
         raise Refusal("source", what, _FAMILIES)
     given = parts.get("alpha")
     alpha = alphas.of(module, small[0]) if given is None else _number(given)
-    return Pair(module, down, up, alpha)
+    scale = parts.get("scale")
+    if scale is not None and math.prod(scale.tensor.shape) != large[0]:
+        what = f"{path.name}: {module.part}.{module.path} is scaled along another side than its rows."
+        raise Refusal("source", what, "Use a DoRA that scales outputs, as peft's do.")
+    return Pair(module, down, up, alpha, scale)
 
 
 def _number(located: Located) -> float:
@@ -221,7 +235,11 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
     """
     if layout == "diffusers":
         halves = ((to_diffusers(pair.module), pair) for pair in lora.pairs)
-        return [entry for name, pair in halves for entry in _entries(name, pair, "lora_A", "lora_B")]
+        return [
+            entry
+            for name, pair in halves
+            for entry in (*_entries(name, pair, "lora_A", "lora_B"), *_scale(f"{name}.lora_magnitude_vector", pair))
+        ]
     known = family or lora.family
     if known is None:
         raise Refusal("source", f"Which family {lora.path.name} is of cannot be told.", "Name it with --family.")
@@ -232,6 +250,7 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
             what = f"{lora.path.name} has {pair.module.part}.{pair.module.path}, which {known} has not."
             raise Refusal("source", what, "Is it a LoRA of another family?")
         entries += _entries(name, pair, "lora_down", "lora_up")
+        entries += _scale(f"{name}.dora_scale", pair)
         entries.append(scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
     return entries
 
@@ -256,6 +275,19 @@ def _entries(name: str, pair: Pair, down: str, up: str) -> Iterable[Entry]:
         yield whole(f"{name}.{half}.weight", located)
 
 
+def _scale(name: str, pair: Pair) -> Iterable[Entry]:
+    """A DoRA's lengths: (rows, 1, …) for kohya's readers; peft has (rows), and (1, rows, 1, 1) of a convolution."""
+    if pair.scale is None:
+        return
+    rest = len(pair.up.tensor.shape) - 1
+    rows = pair.up.tensor.shape[0]
+    if name.endswith(".dora_scale"):
+        shape: tuple[int, ...] = (rows, *[1] * rest)
+    else:
+        shape = (rows,) if rest == 1 else (1, rows, *[1] * (rest - 1))
+    yield replace(whole(name, pair.scale), shape=shape)
+
+
 def adapter_metadata(pairs: Sequence[Pair]) -> str:
     """What diffusers keeps of ranks and alphas in the header: peft's configuration of each component."""
     table: dict[str, Any] = {}
@@ -271,5 +303,6 @@ def adapter_metadata(pairs: Sequence[Pair]) -> str:
             f"{part}.rank_pattern": {mark + pair.module.path: pair.rank for pair in own if pair.rank != rank},
             f"{part}.alpha_pattern": {mark + pair.module.path: pair.alpha for pair in own if pair.alpha != alpha},
             f"{part}.target_modules": sorted(pair.module.path for pair in own),
+            f"{part}.use_dora": any(pair.scale is not None for pair in own),
         }
     return json.dumps(table, sort_keys=True)

@@ -62,6 +62,19 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """One entry of a WebUI's list of LoRAs.
+
+    Attributes:
+        name: what a prompt calls it.
+        filename: the file, as the WebUI's process sees it.
+    """
+
+    name: str
+    filename: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """What came of a txt2img request.
 
@@ -140,6 +153,20 @@ class A1111Client:
             raise Failed(
                 f"The WebUI at {self.url} answered its list of models in a form that fastsd does not know."
             ) from error
+
+    def loras(self) -> list[Lora]:
+        """The LoRAs that the WebUI lists."""
+        rows = self._get(f"{_API}/loras")
+        try:
+            return [Lora(row["name"], row["path"]) for row in rows]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Failed(
+                f"The WebUI at {self.url} answered its list of LoRAs in a form that fastsd does not know."
+            ) from error
+
+    def refresh_loras(self, timeout: float = 600.0) -> None:
+        """Have the folder of LoRAs read again; a WebUI that reads large files first takes its time."""
+        self._post(f"{_API}/refresh-loras", {}, timeout)
 
     def refresh(self, timeout: float = 600.0) -> None:
         """Have the model folder read again. It waits behind a picture that is being drawn."""
@@ -228,9 +255,16 @@ class A1111Client:
 
     def folder(self) -> str | None:
         """The folder that ``--ckpt-dir`` names, or None."""
+        return self._flag("ckpt_dir")
+
+    def loras_folder(self) -> str | None:
+        """The folder that ``--lora-dir`` names, or None."""
+        return self._flag("lora_dir")
+
+    def _flag(self, name: str) -> str | None:
         flags = self._get(f"{_API}/cmd-flags")
-        folder = flags.get("ckpt_dir") if isinstance(flags, dict) else None
-        return folder if isinstance(folder, str) and folder else None
+        value = flags.get(name) if isinstance(flags, dict) else None
+        return value if isinstance(value, str) and value else None
 
     def unload(self, timeout: float = 120.0) -> None:
         """Have the model leave the GPU; the process keeps its CUDA context and RAM."""

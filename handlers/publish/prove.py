@@ -34,9 +34,9 @@ class Proof:
     kind: Literal["picture", "name"]
 
 
-def draw(client: A1111Client) -> Picture:
+def draw(client: A1111Client, prompt: str = PROMPT) -> Picture:
     """One step, 64 × 64 pixels, a fixed seed: the cheapest picture that a model can draw."""
-    return client.txt2img(PROMPT, steps=1, width=SIZE, height=SIZE, seed=SEED)
+    return client.txt2img(prompt, steps=1, width=SIZE, height=SIZE, seed=SEED)
 
 
 def judge(picture: Picture, model: Model, sha256: str) -> Proof:

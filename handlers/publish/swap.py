@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Protocol, TypeVar
 
 from handlers.context import Waiting
 from handlers.publish.ask import A1111Client, Model
@@ -27,6 +27,32 @@ _BLOCK = 1 << 22
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 Report = Callable[[int, int], None]
+
+
+class Listed(Protocol):
+    """What a WebUI lists: a model, or a LoRA."""
+
+    @property
+    def filename(self) -> str:
+        """The file, as the WebUI's process sees it."""
+
+
+Entry = TypeVar("Entry", bound=Listed)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder of a WebUI that files are published to.
+
+    Attributes:
+        folder: it.
+        setting: the key of fastsd.yaml that names it.
+        what: what the WebUI keeps there, for people.
+    """
+
+    folder: Path
+    setting: str = "webui.models"
+    what: str = "model"
 
 
 @dataclass(frozen=True)
@@ -50,12 +76,12 @@ def sha256_with_progress(model: Path, report: Report) -> str:
         return _pump(reader, None, report)
 
 
-def place(model: Path, folder: Path, sha256: str, stem: str, report: Report) -> Placed | None:
+def place(model: Path, shelf: Shelf, sha256: str, stem: str, report: Report) -> Placed | None:
     """Put a model with its sidecars into a folder, as a second name of the same file or as a whole copy.
 
     Args:
         model: the finished file.
-        folder: the WebUI's model folder.
+        shelf: the WebUI's folder.
         sha256: of ``model``.
         stem: the name to give it, without the ending.
         report: hears (bytes copied, bytes in all).
@@ -66,12 +92,13 @@ def place(model: Path, folder: Path, sha256: str, stem: str, report: Report) -> 
     Raises:
         Waiting: the folder is not there, cannot be written, or has no room.
     """
+    folder = shelf.folder
     final = folder / (stem + model.suffix)
     try:
         if not folder.is_dir():
             raise Waiting(
-                f"The model is ready, but the WebUI's model folder {folder} is not there: mount it, or set "
-                "webui.models in fastsd.yaml."
+                f"The model is ready, but the WebUI's {shelf.what} folder {folder} is not there: mount it, or set "
+                f"{shelf.setting} in fastsd.yaml."
             )
         if final.exists():
             if not _same(model, final, sha256):
@@ -85,8 +112,8 @@ def place(model: Path, folder: Path, sha256: str, stem: str, report: Report) -> 
             _copy(model, final, sha256, report)
     except PermissionError as error:
         raise Waiting(
-            f"The model is ready, but fastsd may not write to the WebUI's model folder {folder}: give its user the "
-            "right to, or set webui.models in fastsd.yaml."
+            f"The model is ready, but fastsd may not write to the WebUI's {shelf.what} folder {folder}: give its user "
+            f"the right to, or set {shelf.setting} in fastsd.yaml."
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -128,8 +155,8 @@ def usual_folder(models: Iterable[Model]) -> Path | None:
     return Path(min(counts, key=lambda folder: (-counts[folder], len(folder), folder)))
 
 
-def find(models: Iterable[Model], path: Path) -> Model | None:
-    """The entry of a file in a WebUI's list.
+def find(models: Iterable[Entry], path: Path) -> Entry | None:
+    """The entry of a file in a WebUI's list of models, or of LoRAs.
 
     By the real path; else, for a WebUI that sees the folder under another one (a container), by the file's name,
     which is unique because it carries the run's id.
@@ -203,7 +230,7 @@ def _place_sidecars(model: Path, folder: Path, stem: str) -> None:
 
 def _no_room(model: Path, folder: Path) -> Waiting:
     return Waiting(
-        f"The model is ready, but there is no room for it in the WebUI's model folder {folder}: "
+        f"The model is ready, but there is no room for it in the WebUI's folder {folder}: "
         f"{model.stat().st_size / 1e9:.1f} GB are needed.",
         retry_after=120.0,
     )

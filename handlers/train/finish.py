@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from handlers.convert.adapter import ADAPTER_FACTS, ADAPTER_FILE
 from handlers.train.auto import Plan
 from handlers.train.families import Family
 from handlers.train.place import Place, folder_in
@@ -18,8 +19,6 @@ from sessions import files
 from sessions.layout import PRIVATE
 
 _FOLDER = "finished"
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers' ``load_lora_weights`` looks for in a folder."""
 
 
 def finished_folder(session: Path, run: str) -> Path:
@@ -72,12 +71,21 @@ def write_adapters(
     for name, adapter in adapters.items():
         parts[f"{name}_lora_layers"] = {key: value.to("cpu", dtype) for key, value in adapter.tensors().items()}
         parts[f"{name}_lora_adapter_metadata"] = adapter.config()
-    facts = {"rank": plan.lora_rank, "alpha": plan.lora_alpha, "method": plan.method, "base": plan.base}
+    facts = {
+        "rank": plan.lora_rank,
+        "alpha": plan.lora_alpha,
+        "method": plan.method,
+        "base": plan.base,
+        "family": plan.family,
+        "prediction": "v" if pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "resolution": plan.resolution,
+        "parts": sorted(adapters),
+    }
 
     def write(temporary: Path) -> None:
         pipeline.save_lora_weights(temporary, safe_serialization=True, **parts)
         _order_header(temporary / ADAPTER_FILE)
-        files.write_json(temporary / "adapter.json", {**facts, "family": plan.family, "parts": sorted(adapters)})
+        files.write_json(temporary / ADAPTER_FACTS, facts)
 
     return _publish(place, run, write)
 

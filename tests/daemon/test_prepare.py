@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_what_is_on_record_is_not_done_twice(house: House) -> None:
     for job in jobs:
         with pytest.raises(Gone):
             payload(house, job)
+
+
+def test_a_lora_is_published_as_one(house: House) -> None:
+    house.pictures(A)
+    house.write(f"{A}/train.yaml", SPEC)
+    house.settle()
+    house.work(kinds=("train",))
+    assert payload(house, first_job(house, "convert"))["models"] is None
+    (house.root / "Models").mkdir()
+    assert payload(house, first_job(house, "convert"))["models"] == str(house.root / "Models")
+    house.work(kinds=("convert",))
+    job = first_job(house, "publish")
+    about = {"model_kind": "lora", "family": "sd1", "trigger": "zwx cat"}
+    assert about.keys().isdisjoint(payload(house, job))
+    given = payload(house, replace(job, payload={**job.payload, **about}))
+    assert {key: given[key] for key in about} == about
+    assert given["webui"]["loras"] is None
 
 
 def test_a_model_that_is_gone_is_not_published(house: House) -> None:

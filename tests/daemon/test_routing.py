@@ -156,6 +156,16 @@ def test_a_finished_run_wants_its_file_and_the_file_its_webui() -> None:
     assert publish_requests(session_with(train, convert, publish)) == []
 
 
+def test_what_is_known_of_a_lora_goes_on_to_its_publication() -> None:
+    convert = {"kind": "convert", "run": "r", "outputs": ["a-r.safetensors"], "sha256": "s", "family": "sd1"}
+    lora = {**convert, "model_kind": "lora", "trigger": "zwx cat", "base": "sd15"}
+    (request,) = publish_requests(session_with(lora))
+    about = {"model_kind": "lora", "family": "sd1", "trigger": "zwx cat"}
+    assert request.payload == {"run": "r", "model": "a-r.safetensors", "name": "a", "sha256": "s", **about}
+    (request,) = publish_requests(session_with(convert))
+    assert "family" not in request.payload, "a checkpoint's job stays as it was"
+
+
 def test_the_sessions_of_many_paths() -> None:
     shape = Shape(has_sessions=True, nested=frozenset({"Sessions/a/sub"}))
     paths = [

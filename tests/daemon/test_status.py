@@ -120,6 +120,35 @@ def test_a_model_is_told_with_how_far_it_is_proven(house: House, publish: dict[s
     assert status.state == "done: the model is ready"
 
 
+@pytest.mark.parametrize(
+    ("publish", "words"),
+    [
+        ({}, "proven. Write into the prompt: <lora:a-r:1> zwx"),
+        (
+            {"proof": "picture", "lora_hash": "abc", "prompt": "<lora:a-r~12:1> zwx"},
+            "in the WebUI, proven by a picture (abc). Write into the prompt: <lora:a-r~12:1> zwx",
+        ),
+        ({"proof": "name"}, "in the WebUI, drawn with by its name. Write into the prompt: <lora:a-r:1> zwx"),
+        (
+            {"proof": "listed", "note": "old is sdxl"},
+            "in the WebUI's list, not drawn with: old is sdxl. Write into the prompt: <lora:a-r:1> zwx",
+        ),
+        (
+            {"proof": "announced"},
+            "in the WebUI's folder, not drawn with. Write into the prompt: <lora:a-r:1> zwx",
+        ),
+    ],
+)
+def test_a_lora_is_told_with_what_draws_with_it(house: House, publish: dict[str, str], words: str) -> None:
+    house.work()
+    convert = {"kind": "convert", "run": "r", "outputs": ["a-r.safetensors"], "bytes": 9_000_000}
+    convert |= {"model_kind": "lora", "trigger": "zwx"}
+    house.session(A).manifest.append([convert, *([{"kind": "publish", "run": "r", **publish}] if publish else [])])
+    assert told(house).models == [f"a-r.safetensors  9.0 MB, {words}"]
+    house.session(A).manifest.append([{**convert, "variant": "dora"}])
+    assert told(house).models[0].endswith("(a DoRA: ComfyUI and Forge draw about as it was trained, A1111 does not)")
+
+
 @pytest.mark.parametrize("state", ["failed", "cancelled", "refused"])
 def test_a_run_that_ended_without_a_model_is_told(house: House, state: str) -> None:
     house.work()

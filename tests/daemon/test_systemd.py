@@ -32,7 +32,7 @@ SYSTEM = Unit(
     state=Path("/var/lib/fastsd"),
     secrets=Path("/etc/fastsd/environment"),
     user="fastsd",
-    writable=(Path("/srv/webui/models/Stable-diffusion"),),
+    writable=(Path("/srv/webui/models/Stable-diffusion"), Path("/srv/webui/models/Lora")),
 )
 USER = Unit(
     "user",
@@ -124,7 +124,9 @@ def test_says_what_the_design_asks_for() -> None:
         "PrivateDevices": "no",
         "UMask": "0077",
         "User": "fastsd",
-        "ReadWritePaths": "/srv/fast-dreambooth /var/lib/fastsd -/srv/webui/models/Stable-diffusion",
+        "ReadWritePaths": (
+            "/srv/fast-dreambooth /var/lib/fastsd -/srv/webui/models/Stable-diffusion -/srv/webui/models/Lora"
+        ),
     }
     assert {key: service[key] for key in expected} == expected
     assert "User" not in settings_of(render_unit(USER))
@@ -260,7 +262,7 @@ def test_the_unit_of_a_tree(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="fastsd init"):
         unit({})
     root.mkdir()
-    assert unit({}).writable == (tmp_path / "models", tmp_path / "webui")
+    assert unit({}).writable == (tmp_path / "models", tmp_path / "Lora", tmp_path / "webui")
     assert unit({}).state == Path("/var/lib/fastsd")
     assert unit({"FASTSD_STATE": str(tmp_path / "state")}).state == tmp_path / "state"
 

@@ -236,7 +236,7 @@ KILLED = """
 
     os.link = no_links
     model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    swap.place(model, folder, sys.argv[3], model.stem, kill_at_half)
+    swap.place(model, swap.Shelf(folder), sys.argv[3], model.stem, kill_at_half)
 """
 
 

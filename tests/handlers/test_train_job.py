@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from handlers.context import Cancelled, JobContext, JobResult, Waiting
+from handlers.convert.adapter import ADAPTER_FILE
 from handlers.convert.job import convert
 from handlers.models import miniature
-from handlers.train.finish import ADAPTER_FILE
 from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
 from tests.handlers.train_session import make_session, payload_of

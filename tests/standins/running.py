@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,19 @@ def write_model(path: Path, seed: int) -> Path:
     header = json.dumps({"weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack("<Q", len(header)) + header + content)
+    return path
+
+
+def write_tensors(path: Path, names: Mapping[str, int], metadata: Mapping[str, str] | None = None) -> Path:
+    """A real safetensors file: name → how many float32 numbers."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, count in names.items():
+        table[name] = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
+        end += 4 * count
+    header = json.dumps(table).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
     return path
 
 

@@ -1,6 +1,6 @@
 """A stand-in for a Stable Diffusion WebUI: real files, real hashes, the answers and faults of the real API.
 
-    python tests/standins/webui.py --port 7860 --models FOLDER [--drawn FILE] [faults …]
+    python tests/standins/webui.py --port 7860 --models FOLDER [--lora-dir FOLDER] [--drawn FILE] [faults …]
 
 It behaves as A1111 does (``--lazy``: as Forge does) wherever fastsd could notice a difference:
 
@@ -12,7 +12,10 @@ It behaves as A1111 does (``--lazy``: as Forge does) wherever fastsd could notic
 - A1111 loads in ``POST /options`` and, when the file is bad, answers 200 and stays with what it had; Forge answers 200
   at once and loads at the next picture, which fails. With ``--wedge`` the previous model fails too from then on, until
   a third one is chosen;
-- the picture is a function of the loaded file's bytes, the prompt and the seed, and its ``info`` names the hash.
+- the picture is a function of the loaded file's bytes, the prompt and the seed, and its ``info`` names the hash;
+- LoRAs are listed at start and by their own refresh; a prompt that names one that is not listed has the folder read
+  once more, and one that is not there then, or cannot be loaded, is passed over with a line in the log; ``Lora hashes``
+  names those that drew, each with 12 digits of the SHA-256 of what follows its header (kohya's hash).
 
 Only the standard library is used, so that it starts quickly and in any environment.
 """
@@ -25,6 +28,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -111,6 +115,84 @@ def check_header(path: Path) -> None:
         raise ValueError("Error while deserializing header: MetadataIncompleteBuffer")
 
 
+@dataclass
+class Lora:
+    """One file of the list of LoRAs."""
+
+    filename: str
+    metadata: Json
+
+    @property
+    def name(self) -> str:
+        return Path(self.filename).stem
+
+    @property
+    def alias(self) -> str:
+        return str(self.metadata.get("ss_output_name", self.name))
+
+    def to_json(self) -> Json:
+        return {"name": self.name, "alias": self.alias, "path": self.filename, "metadata": self.metadata}
+
+
+class Loras:
+    """The LoRAs of a folder, as the built-in extension of A1111 and Forge keeps them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.listed: list[Lora] = []
+        # By name, as the real one's cache, which looks at nothing but whether the file is newer.
+        self.hashes: dict[str, tuple[float, str]] = {}
+        self.scan()
+
+    def scan(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+        self.listed = [Lora(str(path), read_metadata(path)) for path in paths]
+
+    def find(self, name: str) -> Lora | None:
+        known = {alias: lora for lora in self.listed for alias in (lora.alias, lora.name)}
+        return known.get(name)
+
+    def load(self, name: str) -> str | None:
+        """The hash of the LoRA that a prompt names; None, and a line in the log, when it cannot be used."""
+        if self.find(name) is None:
+            self.scan()
+        lora = self.find(name)
+        if lora is None:
+            print(f"Couldn't find network with name {name}", flush=True)
+            return None
+        try:
+            check_header(Path(lora.filename))
+        except (ValueError, OSError) as error:
+            print(f"*** Error loading network {lora.filename}: {error}", file=sys.stderr, flush=True)
+            return None
+        return self.hash_of(lora)
+
+    def hash_of(self, lora: Lora) -> str:
+        if "sshs_model_hash" in lora.metadata:
+            return str(lora.metadata["sshs_model_hash"])
+        changed = Path(lora.filename).stat().st_mtime
+        if lora.name not in self.hashes or changed > self.hashes[lora.name][0]:
+            with Path(lora.filename).open("rb") as file:
+                if lora.filename.endswith(".safetensors"):
+                    (length,) = struct.unpack("<Q", file.read(8))
+                    file.seek(8 + length)
+                digest = hashlib.sha256(file.read()).hexdigest()
+            self.hashes[lora.name] = (changed, digest)
+        return self.hashes[lora.name][1]
+
+
+def read_metadata(path: Path) -> Json:
+    """The metadata of a safetensors file; none for a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            value: Json = json.loads(file.read(min(length, 100_000_000))).get("__metadata__") or {}
+    except (OSError, ValueError, struct.error, AttributeError):
+        return {}
+    return value
+
+
 def png(width: int, height: int, seed: bytes, text: str) -> bytes:
     """A PNG of 8×8 coloured fields that follow from ``seed``, with ``text`` as its ``parameters``."""
     colours = random.Random(seed).randbytes(8 * 8 * 3)
@@ -139,6 +221,7 @@ class Engine:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.folder: Path = options.models
+        self.loras: Loras | None = None if options.no_loras else Loras(options.lora_dir or self.folder.parent / "Lora")
         self.queue_lock = threading.Lock()
         self.load_lock = threading.Lock()
         self.interrupted = threading.Event()
@@ -261,7 +344,12 @@ class Engine:
             f"{prompt}\nSteps: {steps}, Sampler: Euler, CFG scale: 7.0, Seed: {seed}, Size: {width}x{height}, "
             f"Model hash: {checkpoint.short_hash}, Model: {checkpoint.model_name}"
         )
-        source = self.weights[checkpoint.filename] + f"{prompt}|{seed}|{steps}".encode()
+        hashes, drawn_with = self._activate(prompt)
+        if hashes:
+            told = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+            text += f', Lora hashes: "{told}"'
+        plain = re.sub(r"<\w+:[^>]+>", "", prompt)
+        source = self.weights[checkpoint.filename] + f"{plain}|{seed}|{steps}|{drawn_with}".encode()
         picture = png(width, height, source, text)
         info = {
             "prompt": prompt,
@@ -273,6 +361,7 @@ class Engine:
             "sd_model_name": checkpoint.model_name,
             "sd_model_hash": checkpoint.short_hash,
             "infotexts": [text],
+            "extra_generation_params": {"Lora hashes": told} if hashes else {},
         }
         if self.options.drawn:
             line = {
@@ -281,6 +370,7 @@ class Engine:
                 "prompt": prompt,
                 "seed": seed,
                 "steps": steps,
+                "loras": hashes,
             }
             append(self.options.drawn, json.dumps(line) + "\n")
         return {
@@ -288,6 +378,27 @@ class Engine:
             "parameters": dict(request),
             "info": json.dumps(info),
         }
+
+    def _activate(self, prompt: str) -> tuple[Json, str]:
+        """The LoRAs of a prompt: name → hash as the picture tells them, and what they make of the picture."""
+        hashes: Json = {}
+        effect = ""
+        for name, weight in re.findall(r"<lora:([^:>]+):?([^>]*)>", prompt):
+            if self.loras is None:
+                print("Skipping unknown extra network: lora", flush=True)
+                break
+            digest = self.loras.load(name)
+            if digest is None:
+                continue
+            effect += f"{digest}*{weight or 1}"
+            if not (self.options.no_hashing or self.options.no_lora_hashes):
+                hashes[name.replace(",", "")] = digest[:12]
+        return hashes, effect
+
+    def refresh_loras(self) -> None:
+        with self.queue_lock:
+            if self.loras is not None:
+                self.loras.scan()
 
     def refresh(self) -> None:
         with self.queue_lock:
@@ -311,6 +422,7 @@ class Engine:
             "sd_model_checkpoint": self.chosen.title if self.chosen else None,
             "sd_checkpoint_hash": (self.chosen.sha256 or "") if self.chosen else "",
             "samples_save": True,
+            **({} if self.loras is None else {"lora_add_hashes_to_infotext": not self.options.no_lora_hashes}),
         }
 
     def _read_settings(self) -> Json:
@@ -382,6 +494,11 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", "/refresh-checkpoints":
                 engine.refresh()
                 return None
+            case "GET", "/loras" if engine.loras is not None:
+                return [lora.to_json() for lora in engine.loras.listed]
+            case "POST", "/refresh-loras" if engine.loras is not None:
+                engine.refresh_loras()
+                return None
             case "GET", "/options":
                 return engine.settings()
             case "POST", "/options":
@@ -395,7 +512,7 @@ class Handler(BaseHTTPRequestHandler):
             case "GET", "/memory":
                 return {"ram": {"free": 1, "used": 1, "total": 2}, "cuda": {"error": "unavailable"}}
             case "GET", "/cmd-flags":
-                return {"ckpt_dir": str(engine.folder) if self.options.tells_folder else None, "api": True}
+                return self._flags()
             case "POST", "/unload-checkpoint":
                 engine.unload()
                 return {}
@@ -409,6 +526,12 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", "/server-kill" | "/server-restart" | "/server-stop" as command if self.options.api_server_stop:
                 return self._stop_server(command)
         raise ApiError(404, "HTTPException", "Not Found")
+
+    def _flags(self) -> Json:
+        flags: Json = {"ckpt_dir": str(self.engine.folder) if self.options.tells_folder else None, "api": True}
+        if self.engine.loras is not None and self.options.tells_folder:
+            flags["lora_dir"] = str(self.engine.loras.folder)
+        return flags
 
     def _stop_server(self, command: str) -> Json:
         if command == "/server-kill":
@@ -450,6 +573,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--models", "--ckpt-dir", type=Path, required=True, help="the folder of checkpoints")
+    parser.add_argument(
+        "--lora-dir", type=Path, help="the folder of LoRAs; without: Lora beside the checkpoints' folder"
+    )
+    parser.add_argument("--no-loras", action="store_true", help="the extension for LoRAs is switched off")
+    parser.add_argument("--no-lora-hashes", action="store_true", help="lora_add_hashes_to_infotext is switched off")
     parser.add_argument("--settings", "--ui-settings-file", type=Path, help="keeps the chosen model between starts")
     parser.add_argument("--auth", "--api-auth", help="user:password of Basic authentication")
     parser.add_argument("--no-hashing", action="store_true")
@@ -462,7 +590,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--api-delay", type=float, default=0.0)
     parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--picture-seconds", type=float, default=0.0, help="seconds a step")
-    parser.add_argument("--silent-folder", dest="tells_folder", action="store_false", help="cmd-flags has no ckpt_dir")
+    parser.add_argument("--silent-folder", dest="tells_folder", action="store_false", help="cmd-flags names no folder")
     parser.add_argument("--crash-starts", type=int, default=0, help="crash at this many starts (counted in --starts)")
     parser.add_argument("--crash-on-load", help="crash when a file is loaded whose name contains this")
     parser.add_argument("--wedge", action="store_true", help="a bad file spoils the previous model too")

@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
 
+from handlers.convert.adapter import ADAPTER_FILE
 from handlers.models.miniature import judge, world
 from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
 from handlers.train.families import FAMILIES
-from handlers.train.finish import ADAPTER_FILE
 
 # Fresh scenes: no training script of ours draws from this seed.
 FRESH_SEED = 1_000_004
