@@ -264,6 +264,9 @@ def test_inspect_says_what_a_file_is(daemon: DaemonProcess, tmp_path: Path) -> N
         "autov2",
         "safe",
         "problems",
+        "parameters",
+        "layout",
+        "metadata",
     }
     assert set(whole) == keys
     assert len(whole["sha256"]) == 64
