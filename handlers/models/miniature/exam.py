@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForText2Image
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
-from handlers.convert.adapter import ADAPTER_FILE
+from handlers.convert.adapter import ADAPTER_FACTS, ADAPTER_FILE
 from handlers.models.miniature import judge, world
 from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
 from handlers.train.families import FAMILIES
+from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, adapted
 
 # Fresh scenes: no training script of ours draws from this seed.
 FRESH_SEED = 1_000_004
@@ -117,10 +120,27 @@ def loaded(folder: Path, base: Path | None = None) -> Any:
         folder: of the whole model, or of an adapter.
         base: of the model that an adapter stands on.
     """
-    adapter = (folder / ADAPTER_FILE).is_file()
-    pipeline = AutoPipelineForText2Image.from_pretrained(
-        base if adapter else folder, safety_checker=None, dtype=torch.float32, local_files_only=True
+    is_adapter = (folder / ADAPTER_FILE).is_file()
+    pipeline = DiffusionPipeline.from_pretrained(
+        base if is_adapter else folder, dtype=torch.float32, local_files_only=True
     ).to(dtype=torch.float32)
-    if adapter:
-        pipeline.load_lora_weights(folder)
+    if is_adapter:
+        _put_in(pipeline, folder)
     return pipeline
+
+
+def _put_in(pipeline: Any, folder: Path) -> None:
+    """Put a finished adapter into its base as it was trained: diffusers' reader loses a text encoder's magnitudes."""
+    facts = json.loads((folder / ADAPTER_FACTS).read_bytes())
+    tensors = load_file(folder / ADAPTER_FILE)
+    for part in facts["parts"]:
+        adapter = adapted(
+            getattr(pipeline, part),
+            UNET_LAYERS if part == "unet" else ENCODER_LAYERS,
+            rank=facts["rank"],
+            alpha=facts["alpha"],
+            dora=facts["method"] == "dora",
+            seed=0,
+        )
+        start = f"{part}."
+        adapter.load({key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)})
