@@ -6,8 +6,8 @@ from typing import Any
 
 from handlers.caption.boxes import parse
 from handlers.caption.clean import clean, place
-from handlers.caption.model import Spoken
 from handlers.caption.prompts import Question
+from handlers.caption.speaking import Spoken
 from sessions.captions import one_line
 
 

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from handlers.caption.boxes import Utterance, parse
-from handlers.caption.model import Ask, Captioner
+from handlers.caption.model import Captioner
+from handlers.caption.speaking import Ask
 
 _WORD_BEGINS = "▁"
 _INSIDE_WORDS = ("'", "’", "-")

@@ -13,9 +13,9 @@ from PIL import Image
 
 from handlers.caption.boxes import Utterance, without_tags
 from handlers.caption.load import BLIP_2
-from handlers.caption.model import Ask, Interrupted, Spoken
 from handlers.caption.others import OtherCaptioner
 from handlers.caption.prompts import MODES, MOST_TOKENS, QUESTION_TOKENS, Question, caption_prompt, is_instruction
+from handlers.caption.speaking import Ask, Interrupted, Spoken
 from sessions.captions import one_line
 
 

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from handlers.caption.boxes import Utterance, without_tags
 from handlers.caption.load import FLORENCE_2, require_square
 from handlers.caption.locations import grounded, without_locations, written
-from handlers.caption.model import Ask, Interrupted, Spoken
 from handlers.caption.others import OtherCaptioner
 from handlers.caption.prompts import MOST_TOKENS, QUESTION_TOKENS, Question, caption_prompt
+from handlers.caption.speaking import Ask, Interrupted, Spoken
 from sessions.captions import one_line
 
 _TASKS = {"brief": "<CAPTION>", "detailed": "<MORE_DETAILED_CAPTION>"}

@@ -14,9 +14,9 @@ from typing import Any
 from handlers.caption.boxes import Utterance
 from handlers.caption.clean import NEUTRAL, Entity, clean, place
 from handlers.caption.draw import LONG_SIDE, preview
-from handlers.caption.model import Ask, Interrupted, Spoken
 from handlers.caption.prompts import Question
 from handlers.caption.rules import Line, Rules, applied
+from handlers.caption.speaking import Ask, Interrupted, Spoken
 from handlers.caption.voice import Voice, open_voice
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.crop.decode import PIXEL_LIMIT, Decoded, OpenPicture, SourceFile, read_source

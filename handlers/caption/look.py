@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from handlers.caption.model import Ask, Captioner
+from handlers.caption.model import Captioner
 from handlers.caption.prompts import caption_prompt
+from handlers.caption.speaking import Ask
 from handlers.context import JobContext, JobResult
 from handlers.crop.decode import OpenPicture, read_source
 from handlers.models import registry

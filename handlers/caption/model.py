@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
-from handlers.caption.batches import Pace, batch_size, in_batches, picture_bytes
+from handlers.caption.batches import Pace, batch_size, picture_bytes
 from handlers.caption.device import RESERVE, free_on, give_back, most_on
 from handlers.caption.load import KOSMOS_2, Loaded, kind_of, load, require_square
 from handlers.caption.precision import Precision
 from handlers.caption.prompts import MOST_TOKENS
+from handlers.caption.speaking import LONGEST_RUN, Ask, Halt, Interrupted, Spoken, speak_in_batches, spellings
 from sessions.refusal import Refusal
-
-# Two things may be alike in all words, so the runs that may not come twice must be longer than a phrase with its tags.
-# At 3, as often advised, "a small green heart and a small green moon" cannot be said.
-LONGEST_RUN = 12
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Generation ended early because it was asked to; there is no text."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One thing to say about one picture.
-
-    Attributes:
-        picture: its place in the list of pictures.
-        prompt: with tags, such as ``prompts.BRIEF``.
-        most_tokens: where the answer ends at the latest.
-        never: words that must not be said.
-    """
-
-    picture: int
-    prompt: str
-    most_tokens: int = MOST_TOKENS["brief"]
-    never: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """What the model said about one picture.
-
-    Attributes:
-        raw: the prompt and what follows it, tags and all.
-        answer: what follows the prompt.
-        seconds: this answer's share of the time.
-        latents: [64, width]: what the model saw; None where nothing asks for it again.
-    """
-
-    raw: str
-    answer: str
-    seconds: float
-    latents: torch.Tensor | None = field(default=None, compare=False, repr=False)
-
-
-class Halt(StoppingCriteria):
-    """Ends generation at the next token once ``halted`` says so."""
-
-    def __init__(self, halted: Callable[[], bool]) -> None:
-        self._halted = halted
-
-    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        """[texts]: whether each has ended."""
-        return torch.full((input_ids.shape[0],), self._halted(), dtype=torch.bool, device=input_ids.device)
 
 
 class Captioner:
@@ -110,7 +56,7 @@ class Captioner:
         require_square(processor, self.side)
         self.device: torch.device = model.device
         self.pace = Pace(most_on(self.device))
-        self._fitting = fitting or self._fits
+        self.fitting = fitting or self._fits
         self._layout = lru_cache(maxsize=256)(self._laid_out)
 
     @classmethod
@@ -147,34 +93,7 @@ class Captioner:
         Raises:
             Interrupted: ``halted`` said so.
         """
-        seen: dict[int, torch.Tensor] = {}
-        left = defaultdict[int, int](int)
-        for ask in asks:
-            left[ask.picture] += 1
-
-        def work(batch: Sequence[int]) -> list[Spoken]:
-            start = time.perf_counter()
-            new = list(dict.fromkeys(asks[index].picture for index in batch if asks[index].picture not in seen))
-            if new:
-                seen.update(zip(new, self.encode([pictures[index] for index in new]), strict=True))
-            images = torch.stack([seen[asks[index].picture] for index in batch])
-            texts = self.generate(images, [asks[index] for index in batch], halted)
-            each = (time.perf_counter() - start) / len(batch)
-            return [Spoken(raw, answer, each, image) for (raw, answer), image in zip(texts, images, strict=True)]
-
-        for indices in self._alike(asks):
-            for index, said in in_batches(indices, work, self.pace, self._fitting, self._recover):
-                left[asks[index].picture] -= 1
-                if not left[asks[index].picture]:
-                    seen.pop(asks[index].picture, None)
-                yield index, said
-
-    def _alike(self, asks: Sequence[Ask]) -> list[list[int]]:
-        """The places of the asks, those that may share a batch together."""
-        groups: defaultdict[tuple[int, int, tuple[str, ...]], list[int]] = defaultdict(list)
-        for index, ask in enumerate(asks):
-            groups[len(self.tokens(ask.prompt)), ask.most_tokens, ask.never].append(index)
-        return list(groups.values())
+        return speak_in_batches(pictures, asks, self, lambda images, batch: self.generate(images, batch, halted))
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -274,7 +193,7 @@ class Captioner:
             num_beams=1,
             no_repeat_ngram_size=LONGEST_RUN,
             repetition_penalty=1.0,
-            bad_words_ids=self._spellings(asks[0].never) or None,
+            bad_words_ids=spellings(self.processor.tokenizer, asks[0].never) or None,
             use_cache=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -284,13 +203,6 @@ class Captioner:
         if halted():
             raise Interrupted
         return tokens
-
-    def _spellings(self, never: Sequence[str]) -> list[list[int]]:
-        """The token sequences in which forbidden words could be said: small, with a capital, all in capitals."""
-        tokenizer = self.processor.tokenizer
-        spellings = {form for word in never for form in (word, word.lower(), word.capitalize(), word.upper())}
-        found = [tokenizer(form, add_special_tokens=False).input_ids for form in sorted(spellings) if form.strip()]
-        return [ids for ids in found if ids and tokenizer.unk_token_id not in ids]
 
     # Memory
 
@@ -306,7 +218,8 @@ class Captioner:
         )
         return batch_size(free_on(self.device), RESERVE, each, self.pace.most)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Give memory back after it ran out."""
         give_back(self.device)
 
 

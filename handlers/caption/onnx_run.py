@@ -100,7 +100,7 @@ def agreement(captioner: Captioner, folder: Path, pictures: Sequence[Path]) -> d
         pictures: to compare on.
     """
     from handlers.caption.boxes import parse
-    from handlers.caption.model import Ask, Spoken
+    from handlers.caption.speaking import Ask, Spoken
     from handlers.crop.decode import OpenPicture, read_source
 
     images = [OpenPicture(read_source(path)).decode(1.0).image for path in pictures]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +12,15 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList
 
-from handlers.caption.batches import Pace, batch_size, in_batches, picture_bytes
+from handlers.caption.batches import Pace, batch_size, picture_bytes
 from handlers.caption.boxes import Utterance
 from handlers.caption.clean import clean, place
 from handlers.caption.device import RESERVE, free_on, give_back, most_on
 from handlers.caption.load import Kind, load
 from handlers.caption.match import Match
-from handlers.caption.model import LONGEST_RUN, Ask, Halt, Spoken
 from handlers.caption.precision import Precision
 from handlers.caption.prompts import MOST_TOKENS, Question
+from handlers.caption.speaking import LONGEST_RUN, Ask, Halt, Spoken, speak_in_batches, spellings
 from handlers.context import Waiting
 from sessions.refusal import Refusal
 
@@ -62,8 +60,8 @@ class OtherCaptioner(ABC):
         self.precision = precision
         self.device: torch.device = model.device
         self.pace = Pace(most_on(self.device))
-        self._fitting = fitting or self._fits
-        self.tokens = lru_cache(maxsize=256)(self._laid_out)
+        self.fitting = fitting or self._fits
+        self._layout = lru_cache(maxsize=256)(self._laid_out)
 
     @classmethod
     def load(cls, folder: Path, device: str, precision: Precision | str = "auto") -> Self:
@@ -127,30 +125,7 @@ class OtherCaptioner(ABC):
         Raises:
             Interrupted: ``halted`` said so.
         """
-        seen: dict[int, torch.Tensor] = {}
-        left = defaultdict[int, int](int)
-        groups: defaultdict[tuple[int, int, tuple[str, ...]], list[int]] = defaultdict(list)
-        for index, ask in enumerate(asks):
-            left[ask.picture] += 1
-            groups[len(self.tokens(ask.prompt)), ask.most_tokens, ask.never].append(index)
-
-        def work(batch: Sequence[int]) -> list[Spoken]:
-            start = time.perf_counter()
-            with torch.inference_mode():
-                new = list(dict.fromkeys(asks[index].picture for index in batch if asks[index].picture not in seen))
-                if new:
-                    seen.update(zip(new, self.encode([pictures[index] for index in new]), strict=True))
-                images = torch.stack([seen[asks[index].picture] for index in batch])
-                texts = self.answer(images, [asks[index] for index in batch], halted)
-            each = (time.perf_counter() - start) / len(batch)
-            return [Spoken(raw, answer, each) for raw, answer in texts]
-
-        for indices in groups.values():
-            for index, said in in_batches(indices, work, self.pace, self._fitting, lambda: give_back(self.device)):
-                left[asks[index].picture] -= 1
-                if not left[asks[index].picture]:
-                    seen.pop(asks[index].picture, None)
-                yield index, said
+        return speak_in_batches(pictures, asks, self, lambda images, batch: self.answer(images, batch, halted))
 
     def answered(self, question: Question, ask: Ask, said: Spoken) -> dict[str, Any]:
         """A question with its answer, as the sidecar has it."""
@@ -210,7 +185,7 @@ class OtherCaptioner(ABC):
             "num_beams": 1,
             "no_repeat_ngram_size": LONGEST_RUN,
             "repetition_penalty": 1.0,
-            "bad_words_ids": spellings(self.processor.tokenizer, ask.never) or None,
+            "bad_words_ids": spellings(self.processor.tokenizer, ask.never, before=("", " ")) or None,
             "use_cache": True,
             "stopping_criteria": StoppingCriteriaList([Halt(halted)]),
         }
@@ -229,6 +204,14 @@ class OtherCaptioner(ABC):
             raise Waiting(reason, retry_after=_RETRY)
         places = room[..., None].expand_as(embedded)
         return embedded.masked_scatter(places, images.to(embedded.dtype))
+
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids of picture and prompt."""
+        return self._layout(prompt)
+
+    def recover(self) -> None:
+        """Give memory back after it ran out."""
+        give_back(self.device)
 
     def _laid_out(self, prompt: str) -> list[int]:
         # The processor lays pictures and words out, here around any picture. It wants one a prompt.
@@ -250,16 +233,3 @@ class OtherCaptioner(ABC):
 
 def _first(settings: Any, *names: str) -> int:
     return next(int(value) for name in names if (value := getattr(settings, name, None)))
-
-
-def spellings(tokenizer: Any, never: Sequence[str]) -> list[list[int]]:
-    """The token sequences in which forbidden words could be said: small or capital, at the begin or behind a space."""
-    forms = {
-        space + form
-        for word in never
-        for form in (word, word.lower(), word.capitalize(), word.upper())
-        if word.strip()
-        for space in ("", " ")
-    }
-    found = [tokenizer(form, add_special_tokens=False).input_ids for form in sorted(forms)]
-    return [ids for ids in found if ids and tokenizer.unk_token_id not in ids]

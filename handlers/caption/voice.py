@@ -12,9 +12,10 @@ from handlers.caption.answers import answered
 from handlers.caption.boxes import Utterance, parse
 from handlers.caption.load import BLIP_2, FLORENCE_2, kind_of
 from handlers.caption.match import Match, Matcher
-from handlers.caption.model import Ask, Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.precision import Precision
 from handlers.caption.prompts import QUESTION_TOKENS, Question, caption_prompt, is_instruction
+from handlers.caption.speaking import Ask, Spoken
 
 
 class Voice(Protocol):

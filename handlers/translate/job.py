@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.caption.model import Interrupted
+from handlers.caption.speaking import Interrupted
 from handlers.context import JobContext, JobResult, Stopping, Waiting
 from handlers.models import registry
 from handlers.translate.protect import translated

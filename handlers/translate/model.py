@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from handlers.caption.batches import Pace, batch_size, in_batches, picture_bytes
 from handlers.caption.device import RESERVE, free_on, give_back, most_on
-from handlers.caption.model import Halt, Interrupted
+from handlers.caption.speaking import Halt, Interrupted
 from handlers.context import Waiting
 from handlers.translate.languages import ENGLISH
 

@@ -16,8 +16,9 @@ from handlers.caption.attention import Attention, attend, composed, grounded_onl
 from handlers.caption.boxes import parse
 from handlers.caption.heat import TILE, overlaid, sheet
 from handlers.caption.look import AttentionHandler, FeaturesHandler
-from handlers.caption.model import Ask, Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.prompts import BRIEF
+from handlers.caption.speaking import Ask, Spoken
 from handlers.context import JobContext
 from handlers.models import miniature
 from handlers.models.miniature import captioner as widths

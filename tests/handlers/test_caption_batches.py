@@ -17,8 +17,9 @@ from handlers.caption.batches import GROW_AFTER, Pace, batch_size, in_batches, i
 from handlers.caption.boxes import parse
 from handlers.caption.job import CaptionHandler
 from handlers.caption.memory import UNKNOWN, free_memory
-from handlers.caption.model import Ask, Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.prompts import BRIEF, DETAILED, Question
+from handlers.caption.speaking import Ask, Spoken
 from handlers.caption.voice import KosmosVoice
 from handlers.context import JobContext, JobResult
 from handlers.models import miniature

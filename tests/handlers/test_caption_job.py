@@ -20,8 +20,9 @@ from handlers.caption.clean import NEUTRAL, Entity
 from handlers.caption.draw import LONG_SIDE, preview
 from handlers.caption.job import CaptionHandler
 from handlers.caption.load import require_square
-from handlers.caption.model import Ask, Captioner, Interrupted, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.prompts import BRIEF
+from handlers.caption.speaking import Ask, Interrupted, Spoken
 from handlers.context import BatchHandler, Cancelled, JobContext, JobResult, Stopping, Waiting
 from handlers.models.miniature import captioner as miniature
 from handlers.models.registry import MissingModel

@@ -15,9 +15,10 @@ import torch
 from handlers.caption.job import CaptionHandler
 from handlers.caption.load import has_bitsandbytes, load
 from handlers.caption.match import Matcher
-from handlers.caption.model import Ask, Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.precision import Machine, Precision, choose, weight_bytes
 from handlers.caption.prompts import BRIEF
+from handlers.caption.speaking import Ask, Spoken
 from handlers.context import JobContext, JobResult
 from handlers.models import miniature
 from handlers.models.miniature import world

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from handlers.caption.boxes import parse
-from handlers.caption.model import Ask, Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.onnx_export import export, shrink
 from handlers.caption.onnx_run import OnnxCaptioner, agreement
 from handlers.caption.prompts import BRIEF
+from handlers.caption.speaking import Ask, Spoken
 from handlers.models import miniature
 from handlers.models.miniature import world
 from sessions.refusal import Refusal

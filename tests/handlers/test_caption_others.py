@@ -15,9 +15,10 @@ from PIL import Image
 from handlers.caption.boxes import Grounded
 from handlers.caption.job import CaptionHandler
 from handlers.caption.locations import BINS, box_of, grounded, written
-from handlers.caption.model import Captioner, Spoken
+from handlers.caption.model import Captioner
 from handlers.caption.others import OtherCaptioner
 from handlers.caption.prompts import Question
+from handlers.caption.speaking import Spoken
 from handlers.caption.voice import Voice, open_voice
 from handlers.context import JobContext, JobResult, Waiting
 from handlers.models import registry
