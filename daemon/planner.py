@@ -11,8 +11,8 @@ from daemon.config import Settings
 from daemon.index import Fact, Index
 from daemon.jobs import JobRequest
 from daemon.looks import hints, unmet_wish
+from daemon.material import base_name, wants_generated
 from daemon.pipelines import plan_pipelines
-from daemon.prepare import base_name, wants_generated
 from daemon.refusals import refuse, remove_refusal
 from daemon.routing import (
     PictureRules,
@@ -29,10 +29,9 @@ from daemon.runs import former_run, lacks_model, read_spec_record, recorded_runs
 from daemon.searching import Searching
 from daemon.session import Session
 from daemon.sheet import crops_of, remove_sheet, sheet_request
-from daemon.translating import captioned, protected, translate_request, translators
+from daemon.translating import captioned, protected, translate_request, translators_here
 from handlers.context import Waiting
 from handlers.models import registry
-from handlers.translate.languages import known_language
 from sessions import layout
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec, parse_spec
@@ -133,7 +132,8 @@ class Planner:
         self._plan_run(session, pictures, plan)
         self._plan_looks(session, pictures, plan)
         self._plan_pipelines(session, shape, plan)
-        self._plan_translations(session, pictures, plan)
+        if not pictures.captions or self.caption_gate():  # once the captions stand
+            self._plan_translations(session, pictures, plan)
         plan.requests += convert_requests(session)
         if self.settings.webui.kind != "none":
             plan.requests += [
@@ -195,35 +195,23 @@ class Planner:
             plan.look_again(again_in)
 
     def _plan_translations(self, session: Session, pictures: Pictures, plan: Plan) -> None:
-        """Captions in other languages, once the captions stand; where a translator is missing they stay English."""
-        if not self.settings.languages or (pictures.captions and not self.caption_gate()):
-            return
-        models = self.root / layout.MODELS
-        languages: dict[str, str] = {}
-        missing: dict[str, list[str]] = {}
-        for language, name in translators(self.settings).items():
-            try:
-                known_language(language, self.settings.translator)
-                registry.check(name, "translator", models if models.is_dir() else None, self.cache)
-            except Refusal as refusal:
-                missing.setdefault(str(refusal), []).append(language)
-            except Waiting as waiting:
-                missing.setdefault(waiting.reason, []).append(language)
-                plan.look_again(waiting.retry_after)
-            else:
-                languages[language] = name
-        plan.waits += [
-            f"Captions stay English without {', '.join(codes)}: {reason}" for reason, codes in missing.items()
-        ]
+        """Captions in other languages; where a translator is missing they stay English."""
+        here, waits, again_in = translators_here(self.settings, self._models(), self.cache)
+        plan.waits += waits
+        if again_in is not None:
+            plan.look_again(again_in)
         words = protected(session, self.settings, self.spec_of(session))
-
-        def fact_of(relative: str) -> Fact | None:
-            return self.index.lookup(session.tree_path(relative))
-
         records = captioned(session, pictures.facts.get)
-        request = translate_request(session, records, languages, words, fact_of)
+        request = translate_request(
+            session, records, here, words, lambda relative: self.index.lookup(session.tree_path(relative))
+        )
         if request is not None:
             plan.requests.append(request)
+
+    def _models(self) -> Path | None:
+        """The tree's Models folder, None where there is none."""
+        folder = self.root / layout.MODELS
+        return folder if folder.is_dir() else None
 
     def _plan_run(self, session: Session, pictures: Pictures, plan: Plan) -> None:
         runs = recorded_runs(session)
@@ -267,17 +255,15 @@ class Planner:
                 raise Waiting(f"continue: last waits for the model of run {unfinished[-1]}.", retry_after=60.0)
             former_run(session, spec.continue_)
             return
-        models = self.root / layout.MODELS
-        registry.check(base_name(spec, self.settings), "checkpoint", models if models.is_dir() else None, self.cache)
+        registry.check(base_name(spec, self.settings), "checkpoint", self._models(), self.cache)
 
     def _resolution(self, session: Session) -> int:
         """Pixels of a side at which a session trains, or would."""
         rules = session.crop_rules
         if rules.resolution:
             return rules.resolution
-        models = self.root / layout.MODELS
         name = rules.base if rules.base != "auto" else self.settings.base
-        return registry.resolution_of(name, models if models.is_dir() else None, self.cache)
+        return registry.resolution_of(name, self._models(), self.cache)
 
     def _ready(self, session: Session, pictures: Pictures, spec: TrainSpec, plan: Plan) -> bool:
         closed = self.caption_gate()

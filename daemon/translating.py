@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from daemon.config import Settings
@@ -13,7 +13,9 @@ from daemon.index import Fact
 from daemon.jobs import JobRequest, job_key
 from daemon.routing import fingerprint, same_content
 from daemon.session import Session
-from handlers.translate.languages import ENGLISH, translator_of
+from handlers.context import Waiting
+from handlers.models import registry
+from handlers.translate.languages import ENGLISH, known_language, translator_of
 from sessions import layout
 from sessions.manifest import Record
 from sessions.refusal import Refusal
@@ -28,6 +30,37 @@ def translators(settings: Settings) -> dict[str, str]:
     return {
         language: translator_of(language, settings.translator) for language in settings.languages if language != ENGLISH
     }
+
+
+def translators_here(
+    settings: Settings, models: Path | None, cache: Path
+) -> tuple[dict[str, str], list[str], float | None]:
+    """The translators of the settings' languages that are on this machine.
+
+    Args:
+        settings: of the tree.
+        models: its Models folder, None where there is none.
+        cache: the folder of downloads.
+
+    Returns:
+        Language → translator; sentences about those that are missing; seconds after which it is worth looking again.
+    """
+    here: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
+    sleeps: list[float] = []
+    for language, name in translators(settings).items():
+        try:
+            known_language(language, settings.translator)
+            registry.check(name, "translator", models, cache)
+        except Refusal as refusal:
+            missing.setdefault(str(refusal), []).append(language)
+        except Waiting as waiting:
+            missing.setdefault(waiting.reason, []).append(language)
+            sleeps.append(waiting.retry_after)
+        else:
+            here[language] = name
+    waits = [f"Captions stay English without {', '.join(codes)}: {reason}" for reason, codes in missing.items()]
+    return here, waits, min(sleeps, default=None)
 
 
 def protected(session: Session, settings: Settings, spec: str | None) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.convert.ask import Converted, Progress, Verify, check_room, dtype_of, silent
+from handlers.convert.ask import Converted, Progress, Verify, check_room, counted, dtype_of, silent
 from handlers.convert.lora import Lora, Pair, plan_lora, read_lora
 from handlers.convert.lora_names import LORA_FAMILIES
 from handlers.convert.plan import Entry, Located, as_type, whole
@@ -129,13 +129,7 @@ def convert_adapter(
     plan = [as_type([entry], wanted)[0] if entry.pieces else entry for entry in _planned(lora, facts)]
     total = sum(entry.length for entry in plan)
     check_room(output.parent, total)
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total, "writing")
-
+    wrote = counted(progress, total)
     with files.atomic_path(output) as temporary:
         write_safetensors(temporary, plan, adapter_header(facts, metadata or {}), wrote)
         progress(total, total, "checking")

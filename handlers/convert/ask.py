@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from handlers.context import Waiting
+from handlers.context import JobContext, Stopping, Waiting
 from handlers.convert.source import Pipeline
 from sessions.refusal import Refusal
 
@@ -65,6 +65,33 @@ def check_room(folder: Path, needed: int) -> None:
             f"The model needs {needed / 1e9:.2f} GB in {folder.name}; {free / 1e9:.2f} GB are free. Make room there.",
             retry_after=300.0,
         )
+
+
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """What a writer tells of each piece, as the sum of all."""
+    done = 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, "writing")
+
+    return wrote
+
+
+def progress_of(context: JobContext) -> Progress:
+    """Tells the daemon how far a job is, and stops it where the daemon stops.
+
+    Raises:
+        Cancelled, Stopping: when it is called, as the daemon wishes.
+    """
+
+    def progress(done: int, total: int, note: str) -> None:
+        context.progress(done, total, note)
+        if context.is_stopping():
+            raise Stopping
+
+    return progress
 
 
 def silent(_done: int, _total: int, _note: str) -> None:

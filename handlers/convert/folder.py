@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from handlers.convert import configure
-from handlers.convert.ask import Converted, Progress, Verify, Weights, check_room, dtype_of, silent
+from handlers.convert.ask import Converted, Progress, Verify, Weights, check_room, counted, dtype_of, silent
 from handlers.convert.families import FAMILIES, Family
 from handlers.convert.lend import lend
 from handlers.convert.plan import Entry, Located, as_type, to_components, to_single
@@ -69,13 +69,7 @@ def convert_single(
     plan = {name: as_type(entries, wanted) for name, entries in planned.items()}
     total = sum(entry.length for entries in plan.values() for entry in entries)
     check_room(output.parent, total)
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total, "writing")
-
+    wrote = counted(progress, total)
     temporary = files.temporary_name(output)
     try:
         configuration = configure.configuration_of(single, family, like)

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from handlers.context import JobContext, JobResult, Stopping, Waiting
+from handlers.context import JobContext, JobResult, Waiting
 from handlers.convert.adapter import convert_adapter, is_adapter, lora_facts, lora_sidecar, read_facts
-from handlers.convert.ask import DTYPES, Converted, Progress, Verify, Weights
+from handlers.convert.ask import DTYPES, Converted, Verify, Weights, progress_of
 from handlers.convert.folder import convert_single
 from handlers.convert.preview import read_picture, thumbnail_of, write_preview
 from handlers.convert.single import convert, is_converted
@@ -64,15 +64,6 @@ class ConvertHandler:
         return JobResult(facts={**_facts(made, digest, payload), **of_lora}, outputs=[*outputs, sidecar])
 
 
-def _progress(context: JobContext) -> Progress:
-    def progress(done: int, total: int, note: str) -> None:
-        context.progress(done, total, note)
-        if context.is_stopping():
-            raise Stopping
-
-    return progress
-
-
 def _to_folder(context: JobContext, source: Path, output: Path) -> Converted:
     payload = context.payload
     like = payload.get("like")
@@ -85,7 +76,7 @@ def _to_folder(context: JobContext, source: Path, output: Path) -> Converted:
         weights=_weights_of(payload.get("weights")),
         cache=context.cache,
         device=context.device,
-        progress=_progress(context),
+        progress=progress_of(context),
     )
 
 
@@ -99,7 +90,7 @@ def _to_file(context: JobContext, source: Path, output: Path, metadata: Mapping[
         verify=_verify_of(payload.get("verify")),
         vae=_vae_of(payload.get("vae")),
         device=context.device,
-        progress=_progress(context),
+        progress=progress_of(context),
     )
 
 
@@ -114,7 +105,7 @@ def _adapter(context: JobContext, source: Path, output: Path, metadata: Mapping[
         verify=verify,
         base=_base_of(context, source) if verify == "forward" else None,
         device=context.device,
-        progress=_progress(context),
+        progress=progress_of(context),
     )
 
 

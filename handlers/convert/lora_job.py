@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from handlers.context import JobContext, JobResult, Stopping
-from handlers.convert.ask import Progress
+from handlers.context import JobContext, JobResult
+from handlers.convert.ask import progress_of
 from handlers.convert.lora import LAYOUTS
 from handlers.convert.lora_extract import extract_lora
 from handlers.convert.lora_write import Written, convert_lora, merge_loras
@@ -47,7 +47,7 @@ class LoraMergeHandler:
         files.sweep_temporaries(output.parent)
         loras = [(Path(path), float(weight)) for path, weight in payload["loras"]]
         source, dtype = Path(payload["source"]), payload.get("dtype")
-        return _result(merge_loras(source, loras, output, dtype=dtype, progress=_progress(context)))
+        return _result(merge_loras(source, loras, output, dtype=dtype, progress=progress_of(context)))
 
 
 class LoraExtractHandler:
@@ -65,18 +65,9 @@ class LoraExtractHandler:
         files.sweep_temporaries(output.parent)
         source, base, rank = Path(payload["source"]), Path(payload["base"]), int(payload["rank"])
         dtype = payload.get("dtype") or "fp16"
-        written, kept = extract_lora(source, base, output, rank, dtype=dtype, progress=_progress(context))
+        written, kept = extract_lora(source, base, output, rank, dtype=dtype, progress=progress_of(context))
         result = _result(written)
         return JobResult(facts={**result.facts, "kept": round(kept, 4)}, outputs=result.outputs)
-
-
-def _progress(context: JobContext) -> Progress:
-    def progress(done: int, total: int, note: str) -> None:
-        context.progress(done, total, note)
-        if context.is_stopping():
-            raise Stopping
-
-    return progress
 
 
 def _result(written: Written) -> JobResult:

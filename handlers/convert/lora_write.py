@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from handlers.convert.ask import Progress, check_room, dtype_of, silent
+from handlers.convert.ask import Progress, check_room, counted, dtype_of, silent
 from handlers.convert.checkpoint import write_checkpoint
 from handlers.convert.families import FAMILIES, Family
 from handlers.convert.header import read_header
@@ -140,13 +140,7 @@ def merge_loras(
     entries = as_type(with_ties(family.components, entries), wanted)
     total = sum(entry.length for entry in entries)
     check_room(output.parent, total)
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total, "writing")
-
+    wrote = counted(progress, total)
     metadata["modelspec.merged_from"] = ", ".join([base.name, *(f"{path.name} x {weight:g}" for path, weight in loras)])
     with files.atomic_path(output) as temporary:
         if output.suffix == ".ckpt":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from handlers.convert import families
-from handlers.convert.ask import Converted, Progress, Verify, check_room, dtype_of, silent
+from handlers.convert.ask import Converted, Progress, Verify, check_room, counted, dtype_of, silent
 from handlers.convert.checkpoint import write_checkpoint
 from handlers.convert.exchange import read_vae
 from handlers.convert.families import FAMILIES, Family
@@ -76,13 +76,7 @@ def convert(
     plan = [*as_type(whole, wanted), *_marks(pipeline)]
     total = sum(entry.length for entry in plan)
     check_room(output.parent, total + (_MEMBER * len(plan) if output.suffix == ".ckpt" else 0))
-    done = 0
-
-    def wrote(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total, "writing")
-
+    wrote = counted(progress, total)
     with files.atomic_path(output) as temporary:
         if output.suffix == ".ckpt":
             write_checkpoint(temporary, plan, wrote)

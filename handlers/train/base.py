@@ -32,7 +32,6 @@ _TOKENS = (
     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
 )
 _MINIATURES = {"sd1": "miniature", "sd2": "miniature-sd2", "sdxl": "miniature-sdxl"}
-_SD1_PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Latent channels that the UNet reads in; more are a mask and a masked picture, or a picture to be changed.
 _LATENT_CHANNELS = 4
@@ -73,12 +72,14 @@ class BaseModel:
         )
 
     def parameters(self) -> dict[str, int]:
-        """How many numbers each component holds, told from headers; SD 1's own counts where there are none."""
-        components = converted.FAMILIES[self.training.name].components
-        try:
-            found = {part.name: locate(self.folder, part.name) for part in components}
-        except Refusal:
-            return dict(_SD1_PARAMETERS)
+        """How many numbers each component holds, told from headers.
+
+        Raises:
+            Refusal: weights are missing, torn or unsafe.
+        """
+        found = {
+            part.name: locate(self.folder, part.name) for part in converted.FAMILIES[self.training.name].components
+        }
         return {name: sum(prod(part.tensor.shape) for part in parts.values()) for name, parts in found.items()}
 
     def finished_dtype(self) -> torch.dtype:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from daemon.jobs import Job
-from daemon.prepare import Gone, noun_of, person_text
+from daemon.material import noun_of, person_text
+from daemon.prepare import Gone
 from sessions.refusal import Refusal
 from tests.daemon.house import SPEC, House
 
