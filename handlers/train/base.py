@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from handlers.models import catalogue, registry
 from handlers.models.registry import Model
 from handlers.train.auto import Base
 from handlers.train.families import FAMILIES, Family, family_of
+from handlers.train.trainable import is_adapted
 from sessions.refusal import Refusal
 
 # Where the first text encoder's words lie in one file of SD 1, SD 2 and SDXL.
@@ -81,6 +83,24 @@ class BaseModel:
             part.name: locate(self.folder, part.name) for part in converted.FAMILIES[self.training.name].components
         }
         return {name: sum(prod(part.tensor.shape) for part in parts.values()) for name, parts in found.items()}
+
+    def adapter_parameters(self, parts: Sequence[str], rank: int) -> int:
+        """How many numbers the two factors of an adapter hold; a DoRA's lengths are few beside them.
+
+        Args:
+            parts: names of the components that are adapted.
+            rank: of the factors.
+
+        Raises:
+            Refusal: weights are missing, torn or unsafe.
+        """
+        shapes = [
+            located.tensor.shape
+            for part in parts
+            for name, located in locate(self.folder, part).items()
+            if is_adapted(name.removesuffix(".weight"), part) and name.endswith(".weight")
+        ]
+        return sum(rank * (shape[0] + prod(shape[1:])) for shape in shapes)
 
     def finished_dtype(self) -> torch.dtype:
         """The type that the finished weights get: half precision for real bases, a miniature keeps its own."""

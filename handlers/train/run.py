@@ -46,14 +46,14 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Add a line to ``log.txt``, at once."""
-        self._write("log.txt", [*self._lines, f"{_now()} {text}"])
+        self._write("log.txt", [*self._lines, f"{now()} {text}"])
         self._lines.clear()
 
     def add_step(self, row: Mapping[str, Any], logged: str) -> None:
         """Note a step: a row of ``metrics.jsonl``; a line of ``log.txt`` where ``logged`` is not empty."""
         self._rows.append(dict(row))
         if logged:
-            self._lines.append(f"{_now()} {logged}")
+            self._lines.append(f"{now()} {logged}")
 
     def flush(self) -> None:
         """Write what was noted since the last time."""
@@ -101,7 +101,8 @@ def _lines_of(path: Path) -> list[str]:
         return []
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

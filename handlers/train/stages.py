@@ -19,7 +19,7 @@ from handlers.train.checkpoint import Checkpoint, Tensors
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.loop import Done, Material, Rate, Stage
 from handlers.train.recorder import Recorder
-from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, Adapter, Trainable, Whole, adapted
+from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 
 _TITLES = {"finetune": "fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 
@@ -145,7 +145,7 @@ class Trainer:
             module.to(dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float16)
         return adapted(
             module,
-            UNET_LAYERS if name == "unet" else ENCODER_LAYERS,
+            layers_of(name),
             rank=plan.lora_rank,
             alpha=plan.lora_alpha,
             dora=plan.method == "dora",

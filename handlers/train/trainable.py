@@ -15,6 +15,16 @@ UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.ne
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
+def layers_of(part: str) -> tuple[str, ...]:
+    """Endings of the names of the layers that an adapter changes in a component: ``unet``, or a text encoder."""
+    return UNET_LAYERS if part == "unet" else ENCODER_LAYERS
+
+
+def is_adapted(layer: str, part: str) -> bool:
+    """Whether an adapter changes a layer of a component."""
+    return layer.endswith(tuple(f".{ending}" for ending in layers_of(part)))
+
+
 class Trainable(Protocol):
     """A module of which something is trained."""
 

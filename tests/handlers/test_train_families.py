@@ -11,6 +11,7 @@ from handlers.context import Waiting
 from handlers.models import miniature
 from handlers.train.base import find_base
 from handlers.train.families.interface import joined
+from handlers.train.trainable import adapted, layers_of
 
 PROMPTS = ["a zwx star on a blue background", "a small red circle"]
 
@@ -81,3 +82,14 @@ def test_auto_is_what_the_gpu_can_train_and_what_is_here(tmp_path: Path, monkeyp
     folder = tmp_path / "models" / "sd15"
     shutil.copytree(miniature.ensure("miniature", tmp_path), folder)
     assert find_base("auto", None, tmp_path, 24 * 1024**3).model.name == "sd15"
+
+
+@pytest.mark.parametrize("name", ["miniature", "miniature-sdxl"])
+def test_the_size_of_an_adapter_is_told_from_headers(name: str, cache: Path) -> None:
+    base = find_base(name, None, cache)
+    pipeline, unet = base.load_pipeline(), base.load_unet()
+    parts = ("unet", *base.training.encoders)
+    modules = {"unet": unet, **{part: getattr(pipeline, part) for part in base.training.encoders}}
+    made = [adapted(modules[part], layers_of(part), rank=3, alpha=3, dora=False, seed=1) for part in parts]
+    wanted = sum(tensor.numel() for adapter in made for tensor in adapter.tensors().values())
+    assert base.adapter_parameters(parts, 3) == wanted > 0

@@ -20,7 +20,7 @@ from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
 from handlers.train.families import FAMILIES
-from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, adapted
+from handlers.train.trainable import adapted, layers_of
 
 # Fresh scenes: no training script of ours draws from this seed.
 FRESH_SEED = 1_000_004
@@ -136,7 +136,7 @@ def _put_in(pipeline: Any, folder: Path) -> None:
     for part in facts["parts"]:
         adapter = adapted(
             getattr(pipeline, part),
-            UNET_LAYERS if part == "unet" else ENCODER_LAYERS,
+            layers_of(part),
             rank=facts["rank"],
             alpha=facts["alpha"],
             dora=facts["method"] == "dora",

@@ -1,0 +1,198 @@
+"""Before the first step of a run: pictures are read and encoded, all is decided, the room on the disk is looked at."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from handlers.caption.rules import placed
+from handlers.context import JobContext, Stopping
+from handlers.train import checkpoint, dataset, prior, sampler
+from handlers.train.auto import Plan, Precision, make_plan
+from handlers.train.base import BaseModel
+from handlers.train.buckets import bucket_counts, told_of
+from handlers.train.further import as_before, plan_of_run
+from handlers.train.place import Place
+from handlers.train.prompts import sample_prompts, subject_of, training_prompt
+from handlers.train.run import RunFolder, now
+from sessions.refusal import Refusal
+from sessions.spec import TrainSpec
+
+
+def prepare(
+    context: JobContext, place: Place, run: RunFolder, base: BaseModel, pipeline: Any
+) -> tuple[dict[str, Any], dataset.Frozen]:
+    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
+    payload = context.payload
+    spec = TrainSpec.from_json(payload["spec"])
+    if continued := payload.get("continued"):
+        spec = as_before(spec, plan_of_run(place.now(), continued))
+    pictures = sorted(payload["pictures"], key=lambda picture: str(picture["source"]))
+    plan = make_plan(spec, base.facts, pictures, str(payload.get("session")), _precision(context.device))
+    if plan.precision != "fp32" and context.device == "cpu":
+        raise Refusal("spec", f"precision: {plan.precision} needs a GPU.", "Use auto or fp32.")
+    count = len(pictures)
+
+    def reading(number: int) -> None:
+        _progress(context, number, count, "reading the pictures")
+
+    if plan.buckets:
+        pictures = dataset.with_buckets(pictures, plan.bucket_shapes, reading)
+    rendered = dataset.render_pictures(pictures, plan.resolution, reading)
+    dataset.require_enough(rendered)
+    # Steps that count pictures count those that could be read.
+    plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
+    sources = [str(picture["source"]) for picture in rendered.pictures]
+    if not plan.prompts:
+        prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
+        plan = replace(plan, prompts=prompts)
+    _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
+    of_class = _class_pictures(context, place, plan, base, pipeline)
+    images = [*rendered.images, *of_class.images]
+    encoded = dataset.encode(
+        images,
+        pipeline.vae,
+        context.device,
+        lambda number: _progress(context, number, len(images), "encoding the pictures"),
+    )
+    digest = dataset.store(place, run.run, encoded)
+    frozen = dataset.load(place, run.run, digest) or encoded
+    folder = place.now()
+    counts = bucket_counts(rendered.pictures)
+    record = {
+        "name": payload.get("name"),
+        "session": payload.get("session"),
+        "state": "training",
+        "started_at": now(),
+        "spec": payload["spec"],
+        "spec_record": payload.get("spec_record"),
+        "plan": plan.to_json(),
+        "continued": continued,
+        "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
+        "inputs": [
+            *(_input(picture, plan, folder) for picture in rendered.pictures),
+            *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
+        ],
+        "left_out": [
+            {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
+        ],
+        **({"buckets": counts} if plan.buckets else {}),
+        "frozen": digest,
+    }
+    run.write_record(record)
+    for line in told_of(counts, plan.batch_size):
+        run.log(line)
+    for left in record["left_out"]:
+        run.log(f"left out {left['source']}: {left['reason']}")
+    return record, frozen
+
+
+def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
+    """The class pictures; those that are missing are drawn by the base."""
+    if not plan.prior_images:
+        return dataset.Rendered([], [], [])
+    unet: Any = None
+
+    def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        nonlocal unet
+        unet = unet or base.load_unet().to(context.device)
+        return sampler.draw(
+            base.training,
+            pipeline,
+            unet,
+            wanted=wanted,
+            batch=prior.batch_of(plan),
+            resolution=plan.resolution,
+            guidance=plan.guidance,
+            device=context.device,
+            should_stop=lambda: context.is_stopping() or context.is_cancelled(),
+        )
+
+    return prior.class_pictures(
+        place, plan, draw, lambda done, total: _progress(context, done, total, "drawing class pictures")
+    )
+
+
+def thaw(context: JobContext, place: Place, run: RunFolder, record: Mapping[str, Any], pipeline: Any) -> dataset.Frozen:
+    """The latents of a run that began before; made again from its pictures where they were lost."""
+    frozen = dataset.load(place, run.run, str(record["frozen"]))
+    if frozen is not None:
+        return frozen
+    folder = place.now()
+    entries = [{**entry, "source": str(folder / entry["source"])} for entry in record["inputs"]]
+    resolution = int(record["plan"]["resolution"])
+    rendered = dataset.render_pictures(entries, resolution, lambda _: context.check_cancelled())
+    if rendered.left_out:
+        names = ", ".join(Path(left["source"]).name for left in rendered.left_out)
+        raise Refusal(
+            "pictures", f"Pictures of the run {run.run} are gone: {names}.", "Save train.yaml again to start a new run."
+        )
+    run.log("encoded the pictures again: .fastsd/frozen was lost")
+    encoded = dataset.encode(rendered.images, pipeline.vae, context.device, lambda _: context.check_cancelled())
+    dataset.store(place, run.run, encoded)
+    return encoded
+
+
+def _input(picture: Mapping[str, Any], plan: Plan, folder: Path) -> dict[str, Any]:
+    written = plan.captions == "all" or (plan.captions == "person" and picture.get("caption_by") == "person")
+    source = str(picture["source"])
+    caption = picture.get("caption") if written else None
+    if caption and picture.get("entities"):
+        subject = subject_of(plan.instance, plan.class_, source)
+        caption = placed(caption, picture["entities"], subject, plan.class_, plan.concept)
+    return {
+        "source": _relative(source, folder),
+        "sha256": picture.get("sha256"),
+        "box": picture["box"],
+        **{key: picture[key] for key in ("picture", "bucket", "window") if key in picture},
+        "prompt": training_prompt(plan.instance, plan.class_, plan.concept, source, caption, templates=plan.templates),
+    }
+
+
+def _relative(source: str, folder: Path) -> str:
+    path = Path(source)
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else source
+
+
+def _progress(context: JobContext, done: int, total: int, note: str) -> None:
+    context.progress(done, total, note)
+    if context.is_stopping():
+        raise Stopping
+
+
+def _precision(device: str) -> Precision:
+    """What ``precision: auto`` is: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
+    if not device.startswith("cuda"):
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
+    """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
+    parts = ["unet", *(base.training.encoders if plan.text_encoder_steps else ())]
+    if plan.is_adapter:
+        trained = base.adapter_parameters(parts, plan.lora_rank)
+        written = trained
+    else:
+        counts = base.parameters()
+        trained = sum(counts[name] for name in parts)
+        written = sum(counts.values())
+    # float32 weights and AdamW's two moments, in the newest two and the one being written.
+    checkpoints = 12 * trained * (checkpoint.KEPT + 1)
+    result = 2 * written * base.finished_dtype().itemsize
+    free = shutil.disk_usage(place.now()).free
+    if free < checkpoints + result + reserve:
+        raise Refusal(
+            "disk",
+            f"Training {plan.base} needs {(checkpoints + result) / 1e9:.2f} GB of disk "
+            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model); "
+            f"{free / 1e9:.2f} GB are free"
+            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
+            "Make room and save train.yaml again.",
+        )
