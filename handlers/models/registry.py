@@ -93,6 +93,8 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
     """
     wanted = _BASES if kind in _BASES | {"base"} else frozenset({kind})
     spoken = _without_auto(name.strip(), wanted)
+    if wanted == _BASES and name.strip().lower() == "auto":
+        spoken = _auto_base_here(cache) or spoken
     entry = catalogue.ENTRIES.get(spoken.lower())
     if entry and entry.kind in wanted:
         model = _known(entry, cache)
@@ -123,6 +125,12 @@ def resolution_of(name: str, models_folder: Path | None, cache: Path) -> int:
         return entry.resolution
     except Refusal:
         return _USUAL_RESOLUTION
+
+
+def _auto_base_here(cache: Path) -> str | None:
+    """The smallest base that ``auto`` can mean and that is here; the worker knows whether it can train the larger."""
+    names = (auto_base(0), auto_base(GPU_FOR_SDXL))
+    return next((name for name in names if _known(catalogue.ENTRIES[name], cache).present), None)
 
 
 def _without_auto(name: str, wanted: frozenset[str]) -> str:

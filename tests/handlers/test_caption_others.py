@@ -216,7 +216,8 @@ def test_what_florence_says_becomes_a_caption_with_boxes(voices: dict[str, Voice
 
 def test_unusable_places_are_dropped_and_counted() -> None:
     raw = "</s><s>a dog<loc_9><loc_9><loc_1><loc_1><loc_0><loc_0><loc_5><loc_5><loc_7>it<loc_0><loc_0><loc_5><loc_5>"
-    assert grounded(raw, {"it"}) == ((Grounded("a dog", (box_of([0, 0, 5, 5]),)),), 2)  # type: ignore[arg-type]
+    # From the centre of a thousandth to the centre of another.
+    assert grounded(raw, {"it"}) == ((Grounded("a dog", ((0.0005, 0.0005, 0.0055, 0.0055),)),), 2)
     assert grounded("<loc_0><loc_0><loc_5><loc_5>") == ((), 1)
     assert grounded("Bäume<loc_0><loc_0><loc_5><loc_1000>") == ((), 1)
 

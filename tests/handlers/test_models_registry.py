@@ -94,6 +94,16 @@ def test_a_download_is_found_once_it_is_whole(name: str, cache: Path) -> None:
         registry.find(name, entry.kind, None, cache)
 
 
+def test_auto_is_whichever_base_is_here(cache: Path) -> None:
+    """A machine with only sdxl need not fetch sd15: the worker knows whether its GPU can train it."""
+    with pytest.raises(registry.MissingModel, match="fastsd models get sd15"):
+        registry.check("auto", "checkpoint", None, cache)
+    hub_folder(cache / "models" / "sdxl", catalogue.ENTRIES["sdxl"])
+    assert registry.check("auto", "checkpoint", None, cache).name == "sdxl"
+    hub_folder(cache / "models" / "sd15", catalogue.ENTRIES["sd15"])
+    assert registry.check("Auto", "checkpoint", None, cache).name == "sd15"
+
+
 def test_the_hubs_own_cache_is_looked_at(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
