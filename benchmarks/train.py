@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,10 @@ from handlers.models.miniature import drawing
 from handlers.train import dataset
 from handlers.train.auto import Base, Plan, Precision, make_plan
 from handlers.train.families import FAMILIES
-from handlers.train.loop import Material, Rate, Stage, train_stage
+from handlers.train.fitting import Fitting
+from handlers.train.loop import Rate, Stage, train_stage
+from handlers.train.objective import Denoising, Material
+from handlers.train.optimizers import make_updates
 from handlers.train.trainable import Whole
 from sessions.spec import parse_spec
 
@@ -101,9 +105,7 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
         hidden = encoder(ids.to(parts.device))[0]
     frozen = dataset.Frozen(distribution.mean.cpu().unbind(), distribution.std.cpu().unbind())
     unet = parts.fresh_unet().train()
-    if parts.device != "cpu":
-        unet.enable_gradient_checkpointing()
-    material = Material(plan, frozen, PICTURES, parts.scheduler, vae.config.scaling_factor, parts.device)
+    material = Material(plan, frozen, PICTURES, Denoising(parts.scheduler, vae.config.scaling_factor), parts.device)
     stage = Stage(
         2,
         "UNet",
@@ -115,7 +117,12 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
         lambda chosen: {"encoder_hidden_states": hidden[chosen]},
     )
     clock = _Clock(parts.device)
-    train_stage(stage, material, 0, None, lambda _done: clock.tick())
+    updates = make_updates(plan, stage.groups(), parts.device)
+    means = replace(plan.means, checkpointing=parts.device != "cpu")
+    fitting = Fitting(means, unet, (), parts.device, may_offload=False, told=print)
+    train_stage(
+        stage, material, 0, updates=updates, fitting=fitting, average=None, after_step=lambda _done: clock.tick()
+    )
     return clock.middle()
 
 

@@ -329,9 +329,7 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             f"base: {spec.base}",
             "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
         ),
-        (spec.optimizer not in ("auto", "adamw"), ("optimizer",), f"optimizer: {spec.optimizer}", "Use adamw or auto."),
         (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
-        (spec.ema, ("ema",), "ema", "Leave it out."),
         (spec.vae != "auto", ("vae",), "another VAE", "Use auto: the base's own."),
         (spec.save_every > 0, ("save_every",), "intermediate models", "Leave save_every out."),
     ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from handlers.out_of_memory import is_out_of_memory
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -14,8 +16,6 @@ Result = TypeVar("Result")
 _SHARE = 0.85
 # A batch of the largest size so many times in a row earns one picture more.
 GROW_AFTER = 8
-# CUDA, Apple and torch's allocator on the CPU say it in their own words.
-_WORDS = ("out of memory", "not enough memory", "allocate memory")
 
 
 def batch_size(free: int, reserve: int, each: int, most: int) -> int:
@@ -44,14 +44,6 @@ def picture_bytes(*, layers: int, width: int, feed_forward: int, vocabulary: int
     keys_and_values = 2 * layers * width * tokens * element
     hidden = (6 * width + 2 * feed_forward) * tokens * element
     return keys_and_values + hidden + 2 * vocabulary * 4
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, CUDA's, or that of torch's allocator on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
 
 
 @dataclass

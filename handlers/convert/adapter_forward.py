@@ -76,7 +76,7 @@ def _is_of(part: str, key: str) -> bool:
 
 def _loaded(base: BaseModel) -> Any:
     pipeline = base.load_pipeline()
-    return base.training.assemble(pipeline, base.load_unet(), pipeline.scheduler)
+    return base.training.assemble(pipeline, base.load_denoiser(), pipeline.scheduler)
 
 
 def _adapt(module: Any, tensors: Tensors, facts: AdapterFacts) -> None:

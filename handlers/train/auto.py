@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
+from handlers.train.memory import Means, Optimizer
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
@@ -117,6 +118,8 @@ class Plan:
         miniature: whether the base is a built-in miniature.
         buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
+        ema: whether the result is a moving average.
+        optimizer, at_once, checkpointing, offload, fused_backward: as in ``memory.Means``; at_once 0 is a whole step.
     """
 
     base: str
@@ -148,6 +151,28 @@ class Plan:
     buckets: bool = False
     lora_rank: int = 16
     lora_alpha: float = 16
+    ema: bool = False
+    optimizer: Optimizer = "adamw"
+    at_once: int = 0
+    checkpointing: bool = False
+    offload: bool = False
+    fused_backward: bool = False
+
+    @property
+    def pictures_a_step(self) -> int:
+        """Those of the subject, and as many class pictures."""
+        return self.batch_size * (2 if self.prior_images else 1)
+
+    @property
+    def means(self) -> Means:
+        """How a step fits into memory."""
+        return Means(
+            at_once=self.at_once or self.pictures_a_step,
+            checkpointing=self.checkpointing,
+            offload=self.offload,
+            optimizer=self.optimizer,
+            fused_backward=self.fused_backward,
+        )
 
     @property
     def bucket_shapes(self) -> tuple[Shape, ...]:
@@ -226,10 +251,10 @@ def make_plan(
         concept=concept,
         captions=_captions(spec.captions, concept),
         text_encoder_steps=text_encoder.steps(count) if text_encoder_steps is None else text_encoder_steps,
-        text_encoder_rate=_rate(spec.text_encoder.learning_rate, text_encoder),
+        text_encoder_rate=_rate(spec, spec.text_encoder.learning_rate, text_encoder),
         train_unet_in_stage_1=spec.text_encoder.unet == "trained",
         unet_steps=unet_steps,
-        unet_rate=_rate(spec.unet.learning_rate, unet),
+        unet_rate=_rate(spec, spec.unet.learning_rate, unet),
         batch_size=_BATCH_SIZE.get(base.size_class, 1) if spec.batch_size == "auto" else spec.batch_size,
         schedule=spec.schedule,
         precision=precision if spec.precision == "auto" else spec.precision,
@@ -246,6 +271,8 @@ def make_plan(
         buckets=spec.buckets,
         lora_rank=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
+        ema=spec.ema,
+        optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
     )
 
 
@@ -262,8 +289,11 @@ def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:
     raise Refusal("spec", f"{method} on {base.name} comes with a later version of fastsd.", "Use dreambooth.")
 
 
-def _rate(written: float | str, amount: Amount) -> float:
-    return amount.rate if isinstance(written, str) else written
+def _rate(spec: TrainSpec, written: float | str, amount: Amount) -> float:
+    if not isinstance(written, str):
+        return written
+    # Prodigy finds the rate itself; this is what it is multiplied by.
+    return 1.0 if spec.optimizer == "prodigy" else amount.rate
 
 
 def _check_resolution(base: Base, resolution: int) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from handlers.context import Waiting
 from handlers.convert import families as converted
@@ -63,15 +62,13 @@ class BaseModel:
         return Base(self.model.name, self.training.name, self.model.resolution or 512, miniature)
 
     def load_pipeline(self) -> Any:
-        """All but the UNet: a pipeline with VAE, text encoders, tokenizers and scheduler, in float32 on the CPU."""
+        """All but the denoiser: a pipeline with VAE, text encoders, tokenizers and scheduler, in float32 on the CPU."""
         # transformers keeps the type of the file where diffusers converts.
         return self.training.load(self.folder).to(dtype=torch.float32)
 
-    def load_unet(self) -> Any:
-        """A fresh UNet of the base, in float32 on the CPU."""
-        return UNet2DConditionModel.from_pretrained(
-            self.folder, dtype=torch.float32, local_files_only=True, subfolder="unet"
-        )
+    def load_denoiser(self) -> Any:
+        """A fresh UNet or transformer of the base, in float32 on the CPU."""
+        return self.training.load_denoiser(self.folder)
 
     def parameters(self) -> dict[str, int]:
         """How many numbers each component holds, told from headers.
@@ -106,7 +103,7 @@ class BaseModel:
         """The type that the finished weights get: half precision for real bases, a miniature keeps its own."""
         if not self.facts.miniature:
             return torch.float16
-        kinds = {located.tensor.dtype for located in locate(self.folder, "unet").values()}
+        kinds = {located.tensor.dtype for located in locate(self.folder, self.training.denoiser).values()}
         return _DTYPES.get(min(kinds), torch.float32)
 
 

@@ -97,15 +97,15 @@ def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseMod
     """The class pictures; those that are missing are drawn by the base."""
     if not plan.prior_images:
         return dataset.Rendered([], [], [])
-    unet: Any = None
+    denoiser: Any = None
 
     def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
-        nonlocal unet
-        unet = unet or base.load_unet().to(context.device)
+        nonlocal denoiser
+        denoiser = denoiser or base.load_denoiser().to(context.device)
         return sampler.draw(
             base.training,
             pipeline,
-            unet,
+            denoiser,
             wanted=wanted,
             batch=prior.batch_of(plan),
             resolution=plan.resolution,
@@ -175,7 +175,7 @@ def _precision(device: str) -> Precision:
 
 def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
-    parts = ["unet", *(base.training.encoders if plan.text_encoder_steps else ())]
+    parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
         trained = base.adapter_parameters(parts, plan.lora_rank)
         written = trained

@@ -26,7 +26,7 @@ def finished_folder(session: Path, run: str) -> Path:
     return session / PRIVATE / _FOLDER / run
 
 
-def write_finished(place: Place, run: str, family: Family, pipeline: Any, *, unet: Any, dtype: torch.dtype) -> Path:
+def write_finished(place: Place, run: str, family: Family, pipeline: Any, *, denoiser: Any, dtype: torch.dtype) -> Path:
     """Write the trained pipeline in ``dtype``; the modules are converted in place.
 
     Args:
@@ -34,7 +34,7 @@ def write_finished(place: Place, run: str, family: Family, pipeline: Any, *, une
         run: the run's id.
         family: of the base.
         pipeline: gives VAE, tokenizers, scheduler, and the text encoders: trained, or the base's.
-        unet: the trained UNet.
+        denoiser: the trained UNet or transformer.
         dtype: of all weights.
 
     Returns:
@@ -42,7 +42,7 @@ def write_finished(place: Place, run: str, family: Family, pipeline: Any, *, une
     """
     for name in family.encoders:
         getattr(pipeline, name).to("cpu")
-    whole = family.assemble(pipeline, unet.to("cpu"), pipeline.scheduler).to(dtype=dtype)
+    whole = family.assemble(pipeline, denoiser.to("cpu"), pipeline.scheduler).to(dtype=dtype)
 
     def write(temporary: Path) -> None:
         whole.save_pretrained(temporary, safe_serialization=True)

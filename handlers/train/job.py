@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 
 from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
@@ -18,7 +17,7 @@ from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_adapters, write_finished
 from handlers.train.further import base_of_run
-from handlers.train.loop import Material
+from handlers.train.objective import Material
 from handlers.train.place import Place
 from handlers.train.prompts import subject_of
 from handlers.train.recorder import Recorder, last_sample
@@ -118,12 +117,12 @@ def _train(
         plan,
         frozen,
         sum(not entry.get("prior") for entry in record["inputs"]),
-        DDPMScheduler.from_config(pipeline.scheduler.config),
-        pipeline.vae.config.scaling_factor,
+        base.training.objective(pipeline),
         device,
     )
     inputs = record["inputs"]
-    trainer = Trainer(base, pipeline, material, [entry["prompt"] for entry in inputs], dataset.sizes_told(inputs, plan))
+    prompts = [entry["prompt"] for entry in inputs]
+    trainer = Trainer(base, pipeline, material, prompts, dataset.sizes_told(inputs, plan), told=run.log)
     spent = float(found.state.get("seconds", 0.0)) if found else 0.0
     recorder = Recorder(
         context,
@@ -144,7 +143,7 @@ def _train(
     if plan.is_adapter:
         folder = write_adapters(place, run.run, pipeline, trainer.adapters, plan=plan, dtype=dtype)
     else:
-        folder = write_finished(place, run.run, base.training, pipeline, unet=trainer.unet, dtype=dtype)
+        folder = write_finished(place, run.run, base.training, pipeline, denoiser=trainer.denoiser, dtype=dtype)
     record = {
         **record,
         "state": "finished",

@@ -162,5 +162,5 @@ def last_sample(session: Path, total: int) -> Path | None:
 def _parts(done: Done) -> dict[str, dict[str, torch.Tensor]]:
     return {
         **{name: trained.tensors() for name, trained in done.stage.trained.items()},
-        "optimizer": done.optimizer_state(),
+        **done.state(),
     }

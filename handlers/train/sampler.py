@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 
 from handlers.train.families import Family
@@ -17,7 +16,7 @@ STEPS = 20
 def draw(
     family: Family,
     pipeline: Any,
-    unet: Any,
+    denoiser: Any,
     *,
     wanted: Sequence[tuple[str, int]],
     batch: int,
@@ -31,7 +30,7 @@ def draw(
     Args:
         family: of the base.
         pipeline: gives VAE, tokenizers, schedule and the text encoders as they are now; modes are put back afterwards.
-        unet: the UNet as it is now.
+        denoiser: the UNet or transformer as it is now.
         wanted: (prompt, seed) a picture.
         batch: how many are drawn at once.
         resolution: pixels of a side.
@@ -42,9 +41,8 @@ def draw(
     Returns:
         The pictures; none when it was stopped.
     """
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.vae.to(device)
-    sampler = family.assemble(pipeline, unet, scheduler)
+    sampler = family.assemble(pipeline, denoiser, family.sampling_scheduler(pipeline))
     encoders = [getattr(pipeline, name) for name in family.encoders]
     sampler.set_progress_bar_config(disable=True)
     stopped = False
@@ -55,9 +53,9 @@ def draw(
         running._interrupt = stopped  # noqa: SLF001 - the documented way to end a diffusers pipeline early
         return values
 
-    modes = [module.training for module in (unet, *encoders)]
+    modes = [module.training for module in (denoiser, *encoders)]
     places = [next(encoder.parameters()).device for encoder in encoders]
-    unet.eval()
+    denoiser.eval()
     for encoder in encoders:
         encoder.to(device).eval()
     pictures: list[Image.Image] = []
@@ -78,7 +76,7 @@ def draw(
                 )
             pictures.extend(drawn.images)
     finally:
-        for module, mode in zip((unet, *encoders), modes, strict=True):
+        for module, mode in zip((denoiser, *encoders), modes, strict=True):
             module.train(mode)
         for encoder, place in zip(encoders, places, strict=True):
             encoder.to(place)

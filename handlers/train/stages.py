@@ -1,23 +1,29 @@
 """The two stages of fast-stable-diffusion's DreamBooth, and where a checkpoint enters them.
 
-Stage 1 trains UNet and text encoders together and keeps only the text encoders; with ``text_encoder: {unet: frozen}``
-the UNet only passes gradients on. Stage 2 trains a fresh UNet of the base with those text encoders, which are frozen,
-so that their embeddings are computed once.
+What predicts is called the denoiser: a UNet, or Flux's transformer. Stage 1 trains it and the text encoders together
+and keeps only the text encoders; with ``text_encoder: {unet: frozen}`` the denoiser only passes gradients on. Stage 2
+trains a fresh denoiser of the base with those text encoders, which are frozen, so that their embeddings are computed
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 
 from handlers.train import loop, randomness, sampler
+from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
 from handlers.train.families.interface import Embedded, joined
-from handlers.train.loop import Done, Material, Rate, Stage
+from handlers.train.fitting import Fitting
+from handlers.train.loop import Done, Rate, Stage
+from handlers.train.objective import Material
+from handlers.train.optimizers import make_updates
 from handlers.train.recorder import Recorder
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 
@@ -28,17 +34,27 @@ class Trainer:
     """The models of one run, and what is done to them.
 
     Args:
-        base: where fresh UNets come from.
+        base: where fresh denoisers come from.
         pipeline: VAE, text encoders, tokenizers and scheduler of the base; text encoders are trained in place.
         material: plan, pictures and noise schedule.
         prompts: one a picture.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        told: told in a line of what people may want to know.
     """
 
     def __init__(
-        self, base: BaseModel, pipeline: Any, material: Material, prompts: Sequence[str], sizes: torch.Tensor
+        self,
+        base: BaseModel,
+        pipeline: Any,
+        material: Material,
+        prompts: Sequence[str],
+        sizes: torch.Tensor,
+        *,
+        told: Callable[[str], None],
     ) -> None:
-        self.unet: Any = None
+        self.denoiser: Any = None
+        self._average: Average | None = None
+        self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
         self._encoders = {name: getattr(pipeline, name) for name in self._family.encoders}
@@ -51,7 +67,7 @@ class Trainer:
         self._tokens = self._family.tokens(pipeline, prompts)
 
     def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
-        """Do what is left; then ``unet`` and the pipeline's text encoders are the result, or ``adapters``.
+        """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
             found: where to go on; None: from the start.
@@ -78,9 +94,9 @@ class Trainer:
 
     def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
         plan = self._plan
-        self.unet = self._base.load_unet()
+        self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
-        modules = {**self._encoders, **({"unet": self.unet} if joint else {})}
+        modules = {**self._encoders, **({self._family.denoiser: self.denoiser} if joint else {})}
         trained = {name: Whole(module) for name, module in modules.items()}
         stage = Stage(
             1,
@@ -88,16 +104,16 @@ class Trainer:
             0,
             plan.text_encoder_steps,
             dict.fromkeys(trained, Rate(plan.text_encoder_rate, plan.text_encoder_steps)),
-            self.unet,
+            self.denoiser,
             trained,
             self._condition_anew,
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
-        self.unet = None  # only the text encoder is kept
+        self.denoiser = None  # only the text encoder is kept
 
     def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
         plan = self._plan
-        self.unet = self._base.load_unet()
+        self.denoiser = self._base.load_denoiser()
         embedded = self._embed_all()
         finished = self._finished_parts()
         stage = Stage(
@@ -105,18 +121,18 @@ class Trainer:
             "stage 2 of 2: UNet" if plan.text_encoder_steps else "UNet",
             plan.text_encoder_steps,
             plan.unet_steps,
-            {"unet": Rate(plan.unet_rate, plan.unet_steps)},
-            self.unet,
-            {"unet": Whole(self.unet)},
+            {self._family.denoiser: Rate(plan.unet_rate, plan.unet_steps)},
+            self.denoiser,
+            {self._family.denoiser: Whole(self.denoiser)},
             lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
     def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
-        """One stage: the UNet, and the text encoders for as many steps as they have; whole, or adapters in them."""
+        """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
-        self.unet = self._base.load_unet()
-        modules = {"unet": self.unet, **(self._encoders if plan.text_encoder_steps else {})}
+        self.denoiser = self._base.load_denoiser()
+        modules = {self._family.denoiser: self.denoiser, **(self._encoders if plan.text_encoder_steps else {})}
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
         embedded = None if plan.text_encoder_steps else self._embed_all()
         encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
@@ -126,8 +142,8 @@ class Trainer:
             _TITLES[plan.method] + (": UNet and text encoder" if plan.text_encoder_steps else ": UNet"),
             0,
             plan.unet_steps,
-            {name: unet_rate if name == "unet" else encoder_rate for name in modules},
-            self.unet,
+            {name: unet_rate if name == self._family.denoiser else encoder_rate for name in modules},
+            self.denoiser,
             trained,
             self._condition_anew
             if embedded is None
@@ -153,32 +169,53 @@ class Trainer:
         )
 
     def _condition_anew(self, chosen: list[int]) -> dict[str, Any]:
-        """What the UNet is told by text encoders that are trained."""
+        """What the denoiser is told by text encoders that are trained."""
         tokens = {name: ids[chosen].to(self._device) for name, ids in self._tokens.items()}
         embedded = self._family.embed(self._pipeline, tokens)
         return self._family.condition(embedded, self._sizes[chosen])
 
     def _run(self, stage: Stage, found: Checkpoint | None, after_step: Callable[[Done], None]) -> None:
         """Put the stage's modules on the device, in the checkpoint's state, and train."""
-        parts = [stage.unet, *(trained.module for trained in stage.trained.values())]
+        plan = self._plan
+        parts = [stage.denoiser, *(trained.module for trained in stage.trained.values())]
         for module in {id(part): part for part in parts}.values():
             module.requires_grad_(requires_grad=False).to(self._device)
         for name, trained in stage.trained.items():
             trained.module.train()
             if found:
                 trained.load(found.load(name))
-        if self._device != "cpu":
-            # On a GPU memory is what lacks; on a CPU it is time.
-            stage.unet.enable_gradient_checkpointing()
-            for name in self._encoders.keys() & stage.trained.keys():
-                self._encoders[name].gradient_checkpointing_enable()
+        groups = stage.groups()
+        updates = make_updates(plan, groups, self._device)
+        self._average = Average(groups) if plan.ema else None
+        if found:
+            updates.restore(found.load("optimizer"))
+            if self._average:
+                self._average.restore(found.load("average"))
+        encoders = [self._encoders[name] for name in self._encoders if name in stage.trained]
+        fitting = Fitting(
+            plan.means, stage.denoiser, encoders, self._device, may_offload=plan.is_adapter, told=self._told
+        )
+        start = found.step - stage.first if found else 0
         loop.train_stage(
             stage,
             self._material,
-            found.step - stage.first if found else 0,
-            found.load("optimizer") if found else None,
-            after_step,
+            start,
+            updates=updates,
+            fitting=fitting,
+            average=self._average,
+            after_step=after_step,
         )
+        self._average = None  # it has taken the parameters' place
+        fitting.close()
+
+    @contextmanager
+    def result(self) -> Iterator[None]:
+        """The modules are what they would be if the run ended now: the moving average where there is one."""
+        if self._average is None:
+            yield
+            return
+        with self._average.shown():
+            yield
 
     def _embed_all(self) -> Embedded:
         """All prompts, from the finished text encoders, which leave the device afterwards."""
@@ -202,14 +239,15 @@ class Trainer:
     def draw(self, should_stop: Callable[[], bool]) -> list[Image.Image]:
         """Samples of the models as they are: each prompt with two seeds."""
         plan = self._plan
-        return sampler.draw(
-            self._family,
-            self._pipeline,
-            self.unet.to(self._device),
-            wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
-            batch=len(plan.prompts),
-            resolution=plan.resolution,
-            guidance=plan.guidance,
-            device=self._device,
-            should_stop=should_stop,
-        )
+        with self.result():
+            return sampler.draw(
+                self._family,
+                self._pipeline,
+                self.denoiser.to(self._device),
+                wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
+                batch=len(plan.prompts),
+                resolution=plan.resolution,
+                guidance=plan.guidance,
+                device=self._device,
+                should_stop=should_stop,
+            )

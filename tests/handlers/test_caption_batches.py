@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from handlers.caption.batches import GROW_AFTER, Pace, batch_size, in_batches, is_out_of_memory, picture_bytes
+from handlers.caption.batches import GROW_AFTER, Pace, batch_size, in_batches, picture_bytes
 from handlers.caption.boxes import parse
 from handlers.caption.job import CaptionHandler
 from handlers.caption.memory import UNKNOWN, free_memory
@@ -25,6 +25,7 @@ from handlers.context import JobContext, JobResult
 from handlers.models import miniature
 from handlers.models.miniature import world
 from handlers.models.miniature.judge import box_overlap
+from handlers.out_of_memory import is_out_of_memory
 
 GIB = 1 << 30
 # Kosmos-2 itself, with room for 64 latents, a prompt and a detailed answer.

@@ -62,7 +62,7 @@ def finish(base: BaseModel, method: str, session: Path) -> Path:
     pipeline = base.load_pipeline()
     adapters = {}
     for number, part in enumerate(("unet", *base.training.encoders)):
-        module = base.load_unet() if part == "unet" else getattr(pipeline, part)
+        module = base.load_denoiser() if part == "unet" else getattr(pipeline, part)
         layers = UNET_LAYERS if part == "unet" else ENCODER_LAYERS
         adapters[part] = adapted(
             module, layers, rank=plan.lora_rank, alpha=plan.lora_alpha, dora=method == "dora", seed=number

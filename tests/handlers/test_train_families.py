@@ -44,7 +44,7 @@ def test_sdxl_is_told_what_diffusers_tells_it(cache: Path) -> None:
     latents, steps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500, 20])
     ids = whole._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, pooled.shape[-1]).repeat(2, 1)
     with torch.no_grad():
-        unet = base.load_unet()
+        unet = base.load_denoiser()
         ours = unet(latents, steps, **told).sample
         theirs = whole.unet(
             latents, steps, encoder_hidden_states=hidden, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
@@ -87,7 +87,7 @@ def test_auto_is_what_the_gpu_can_train_and_what_is_here(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["miniature", "miniature-sdxl"])
 def test_the_size_of_an_adapter_is_told_from_headers(name: str, cache: Path) -> None:
     base = find_base(name, None, cache)
-    pipeline, unet = base.load_pipeline(), base.load_unet()
+    pipeline, unet = base.load_pipeline(), base.load_denoiser()
     parts = ("unet", *base.training.encoders)
     modules = {"unet": unet, **{part: getattr(pipeline, part) for part in base.training.encoders}}
     made = [adapted(modules[part], layers_of(part), rank=3, alpha=3, dora=False, seed=1) for part in parts]

@@ -15,6 +15,7 @@ from handlers.train import loop, prior, randomness
 from handlers.train.auto import Base, Plan, make_plan
 from handlers.train.dataset import Frozen, Rendered
 from handlers.train.job import TrainHandler
+from handlers.train.objective import Denoising, Material
 from handlers.train.place import Place
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
@@ -123,7 +124,7 @@ def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class() -> N
             return self
 
     stage = loop.Stage(2, "UNet", 0, 8, {}, Nothing(), {}, condition)
-    material = loop.Material(plan, frozen, 3, DDPMScheduler(), 1.0, "cpu")
+    material = Material(plan, frozen, 3, Denoising(DDPMScheduler(), 1.0), "cpu")
     for step in range(6):
         noise = randomness.noise((4, 4, 2, 2), plan.seed, 2, step).square().mean((1, 2, 3))
         expected = noise[:2].mean() + 0.5 * noise[2:].mean()

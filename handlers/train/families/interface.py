@@ -1,4 +1,4 @@
-"""What the trainer asks of a family: how its parts are loaded and put together, and how its UNet is told a prompt."""
+"""What the trainer asks of a family: how its parts are loaded and put together, and how it is told a prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from handlers.train.objective import Objective
+
 Tokens = Mapping[str, torch.Tensor]
 """Name of a text encoder → token ids, (prompts, 77)."""
 
@@ -18,7 +20,7 @@ class Embedded:
     """What the text encoders say of prompts.
 
     Attributes:
-        hidden: (prompts, tokens, width), what the UNet attends to.
+        hidden: (prompts, tokens, width), what the denoiser attends to.
         pooled: (prompts, width); None where the family has none.
     """
 
@@ -45,13 +47,26 @@ class Family(Protocol):
         """sd1, sd2 or sdxl."""
 
     @property
+    def denoiser(self) -> str:
+        """The pipeline's component that is trained to predict: ``unet`` or ``transformer``."""
+
+    @property
     def encoders(self) -> tuple[str, ...]:
         """The pipeline's text encoders, in the order in which they are joined."""
 
     def load(self, folder: Path) -> Any:
-        """All but the UNet of a Diffusers folder, in float32 on the CPU, as a pipeline."""
+        """All but the denoiser of a Diffusers folder, in float32 on the CPU, as a pipeline."""
 
-    def assemble(self, pipeline: Any, unet: Any, scheduler: Any) -> Any:
+    def load_denoiser(self, folder: Path) -> Any:
+        """The denoiser of a Diffusers folder, in float32 on the CPU."""
+
+    def objective(self, pipeline: Any) -> Objective:
+        """What the denoiser is trained to predict."""
+
+    def sampling_scheduler(self, pipeline: Any) -> Any:
+        """What samples are drawn with in few steps."""
+
+    def assemble(self, pipeline: Any, denoiser: Any, scheduler: Any) -> Any:
         """A whole pipeline of the parts of ``pipeline``, to draw with or to be saved."""
 
     def tokens(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -61,7 +76,7 @@ class Family(Protocol):
         """What the text encoders say of all of ``tokens``; with gradients where they have them."""
 
     def condition(self, embedded: Embedded, sizes: torch.Tensor) -> dict[str, Any]:
-        """The UNet's keyword arguments for prompts.
+        """The denoiser's keyword arguments for prompts.
 
         Args:
             embedded: of the prompts.

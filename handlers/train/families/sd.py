@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from handlers.train.families.interface import Embedded, Tokens, token_ids
+from handlers.train.objective import Denoising
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,11 @@ class StableDiffusion:
     """SD 1 and SD 2; what differs between them lies in the base's configuration."""
 
     name: str
+    denoiser: str = "unet"
     encoders: tuple[str, ...] = ("text_encoder",)
 
     def load(self, folder: Path) -> Any:
-        """All but the UNet (``interface.Family.load``)."""
+        """All but the denoiser (``interface.Family.load``)."""
         return StableDiffusionPipeline.from_pretrained(
             folder,
             unet=None,
@@ -32,13 +34,25 @@ class StableDiffusion:
             local_files_only=True,
         )
 
-    def assemble(self, pipeline: Any, unet: Any, scheduler: Any) -> Any:
+    def load_denoiser(self, folder: Path) -> Any:
+        """The UNet (``interface.Family.load_denoiser``)."""
+        return load_unet(folder)
+
+    def objective(self, pipeline: Any) -> Denoising:
+        """Noise or velocity, as the base's schedule says (``interface.Family.objective``)."""
+        return denoising(pipeline)
+
+    def sampling_scheduler(self, pipeline: Any) -> Any:
+        """DDIM (``interface.Family.sampling_scheduler``)."""
+        return ddim(pipeline)
+
+    def assemble(self, pipeline: Any, denoiser: Any, scheduler: Any) -> Any:
         """A whole pipeline (``interface.Family.assemble``)."""
         return StableDiffusionPipeline(
             vae=pipeline.vae,
             text_encoder=pipeline.text_encoder,
             tokenizer=pipeline.tokenizer,
-            unet=unet,
+            unet=denoiser,
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -56,3 +70,18 @@ class StableDiffusion:
     def condition(self, embedded: Embedded, sizes: torch.Tensor) -> dict[str, Any]:  # noqa: ARG002
         """Only the hidden states: SD 1 and 2 do not know of sizes."""
         return {"encoder_hidden_states": embedded.hidden}
+
+
+def load_unet(folder: Path) -> Any:
+    """A UNet in float32 on the CPU."""
+    return UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, subfolder="unet")
+
+
+def denoising(pipeline: Any) -> Denoising:
+    """The objective of a base with a UNet."""
+    return Denoising(DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.vae.config.scaling_factor)
+
+
+def ddim(pipeline: Any) -> Any:
+    """The base's schedule, for few steps."""
+    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

@@ -11,6 +11,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from handlers.train.families.interface import Embedded, Tokens, token_ids
+from handlers.train.families.sd import ddim, denoising, load_unet
+from handlers.train.objective import Denoising
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,28 @@ class StableDiffusionXL:
     """SDXL's base model. Its VAE overflows in float16, so that it is always used in float32 here."""
 
     name: str = "sdxl"
+    denoiser: str = "unet"
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
     def load(self, folder: Path) -> Any:
-        """All but the UNet (``interface.Family.load``)."""
+        """All but the denoiser (``interface.Family.load``)."""
         return StableDiffusionXLPipeline.from_pretrained(
             folder, unet=None, add_watermarker=False, dtype=torch.float32, local_files_only=True
         )
 
-    def assemble(self, pipeline: Any, unet: Any, scheduler: Any) -> Any:
+    def load_denoiser(self, folder: Path) -> Any:
+        """The UNet (``interface.Family.load_denoiser``)."""
+        return load_unet(folder)
+
+    def objective(self, pipeline: Any) -> Denoising:
+        """Noise or velocity, as the base's schedule says (``interface.Family.objective``)."""
+        return denoising(pipeline)
+
+    def sampling_scheduler(self, pipeline: Any) -> Any:
+        """DDIM (``interface.Family.sampling_scheduler``)."""
+        return ddim(pipeline)
+
+    def assemble(self, pipeline: Any, denoiser: Any, scheduler: Any) -> Any:
         """A whole pipeline (``interface.Family.assemble``)."""
         return StableDiffusionXLPipeline(
             vae=pipeline.vae,
@@ -34,7 +49,7 @@ class StableDiffusionXL:
             text_encoder_2=pipeline.text_encoder_2,
             tokenizer=pipeline.tokenizer,
             tokenizer_2=pipeline.tokenizer_2,
-            unet=unet,
+            unet=denoiser,
             scheduler=scheduler,
             force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
             add_watermarker=False,
