@@ -51,7 +51,7 @@ def prepare(
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
-    plan = room.fitted(plan, spec, base, context.device)
+    plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, plan, base, pipeline)
     images = [*rendered.images, *of_class.images]
@@ -92,6 +92,12 @@ def prepare(
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
+
+
+def devices_of(context: JobContext, plan: Plan) -> list[str]:
+    """The devices that share a run: this worker's, and others where ``gpus: all`` is set, one a picture of a step."""
+    given = [str(device) for device in context.payload.get("devices") or ()]
+    return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
 
 
 def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:

@@ -84,6 +84,7 @@ class Load:
         half: whether it computes in half precision.
         adapter: whether only an adapter is trained.
         average: whether a moving average is kept.
+        devices: that share the pictures of a step.
     """
 
     family: str
@@ -95,6 +96,7 @@ class Load:
     half: bool
     adapter: bool
     average: bool = False
+    devices: int = 1
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
@@ -139,10 +141,10 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
     for optimizer in (wanted,) if wanted else order:
         if optimizer not in available:
             continue
-        means: Means | None = Means(load.pictures, optimizer=optimizer)
+        means: Means | None = Means(-(-load.pictures // load.devices), optimizer=optimizer)
         while means:
             yield means
             means = means.less(may_offload=load.adapter)
-    # Fused: no clipping to a norm, no several parts of a step, no loss scaling; only Adafactor limits its steps itself.
+    # Fused: no clipping to a norm, and nothing is added up; of all, Adafactor alone limits its steps itself.
     if load.pictures == 1 and not load.adapter and wanted in (None, "adafactor"):
         yield Means(1, checkpointing=True, optimizer="adafactor", fused_backward=True)

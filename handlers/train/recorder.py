@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -21,6 +22,32 @@ from sessions.layout import PREVIEWS
 
 _FLUSH_SECONDS = 5.0
 _CHART_SECONDS = 30.0
+
+
+class Notes(Protocol):
+    """What a training tells of its steps."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """A step was done; tensors of earlier stages are what a checkpoint needs too."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Keep a checkpoint."""
+
+    def stop_if_wished(self) -> None:
+        """Raise ``Stopping`` if the daemon stops."""
+
+
+class Silence:
+    """Notes of one who follows: the first of the crew takes them."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def stop_if_wished(self) -> None:
+        """Never: the first one's end is everybody's."""
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import torch
 
@@ -16,18 +17,18 @@ from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
 
-def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, device: str) -> Plan:
+def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, devices: Sequence[str]) -> Plan:
     """The plan with means that fit the GPU, or what ``memory:`` names; on a CPU nothing need be saved by default.
 
     Raises:
         Refusal: code ``memory``: nothing fits.
     """
     wanted: Optimizer | None = None if spec.optimizer == "auto" else spec.optimizer
-    card = gpu_bytes(device)
+    card = gpu_bytes(devices[0])
     size = memory.bytes_named(spec.memory) or card
     if not size:
         return plan
-    load = _load_of(plan, base)
+    load = _load_of(plan, base, len(devices))
     available = usable_optimizers()
     means = memory.choose(load, wanted, available, size)
     if means is None:
@@ -45,7 +46,7 @@ def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, device: str) -> Plan:
     return plan.with_means(means)
 
 
-def _load_of(plan: Plan, base: BaseModel) -> Load:
+def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
     """What the stage of the run that takes most asks of memory."""
     counts = base.parameters()
     denoiser = counts[base.training.denoiser]
@@ -67,6 +68,7 @@ def _load_of(plan: Plan, base: BaseModel) -> Load:
         half=plan.precision != "fp32",
         adapter=plan.is_adapter,
         average=plan.ema,
+        devices=devices,
     )
 
 

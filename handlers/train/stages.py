@@ -19,12 +19,13 @@ from handlers.train import loop, randomness, sampler
 from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
+from handlers.train.crew import Crew
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.fitting import Fitting
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
-from handlers.train.recorder import Recorder
+from handlers.train.recorder import Notes
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 from handlers.train.wording import Wording
 
@@ -40,6 +41,7 @@ class Trainer:
         material: plan, pictures and noise schedule.
         words: what the pictures are told.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        crew: those who share the steps.
         told: told in a line of what people may want to know.
     """
 
@@ -51,10 +53,12 @@ class Trainer:
         words: Wording,
         sizes: torch.Tensor,
         *,
+        crew: Crew,
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
         self._average: Average | None = None
+        self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
@@ -68,7 +72,7 @@ class Trainer:
         self._words = words
         self._tokens = self._family.tokens(pipeline, words.texts)
 
-    def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
@@ -94,7 +98,7 @@ class Trainer:
                 encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -113,7 +117,7 @@ class Trainer:
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         embedded = self._embed_all()
@@ -130,7 +134,7 @@ class Trainer:
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
@@ -211,6 +215,7 @@ class Trainer:
             updates=updates,
             fitting=fitting,
             average=self._average,
+            crew=self._crew,
             after_step=after_step,
         )
         self._average = None  # it has taken the parameters' place
