@@ -131,7 +131,9 @@ def _train(
         plan,
         draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
         spent=spent,
+        decided=record.get("decided", ()),
     )
+    context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
     trainer.train(found, recorder)
     context.progress(plan.total_steps, plan.total_steps, "writing the model")
     if plan.sample_every:
