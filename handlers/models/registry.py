@@ -192,7 +192,8 @@ def _missing(entry: Entry) -> str:
     missing = f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
     if not entry.gated:
         return missing
-    return f"{missing} (first accept its licence on {entry.page}, and set {catalogue.LOGIN_VARIABLE} to a token of your account)"
+    login = f"set {catalogue.LOGIN_VARIABLE} to a token of your account"
+    return f"{missing} (first accept its licence on {entry.page}, and {login})"
 
 
 def _brought(models_folder: Path) -> Iterator[Model]:
