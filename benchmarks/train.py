@@ -114,7 +114,7 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
         {"unet": Rate(2e-6, steps)},
         unet,
         {"unet": Whole(unet)},
-        lambda chosen: {"encoder_hidden_states": hidden[chosen]},
+        lambda _step, chosen: {"encoder_hidden_states": hidden[chosen]},
     )
     clock = _Clock(parts.device)
     updates = make_updates(plan, stage.groups(), parts.device)

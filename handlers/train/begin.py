@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
-from handlers.train import checkpoint, dataset, prior, sampler
+from handlers.train import dataset, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
@@ -53,7 +52,8 @@ def prepare(
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
-    _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
+    plan = room.fitted(plan, spec, base, context.device)
+    room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, plan, base, pipeline)
     images = [*rendered.images, *of_class.images]
     encoded = dataset.encode(
@@ -90,6 +90,7 @@ def prepare(
     run.write_record(record)
     for line in record["decided"]:
         run.log(f"auto: {line}")
+    run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)
     for left in record["left_out"]:
@@ -175,28 +176,3 @@ def _precision(device: str) -> Precision:
     if not device.startswith("cuda"):
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
-    """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
-    parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
-    if plan.is_adapter:
-        trained = base.adapter_parameters(parts, plan.lora_rank)
-        written = trained
-    else:
-        counts = base.parameters()
-        trained = sum(counts[name] for name in parts)
-        written = sum(counts.values())
-    # float32 weights and AdamW's two moments, in the newest two and the one being written.
-    checkpoints = 12 * trained * (checkpoint.KEPT + 1)
-    result = 2 * written * base.finished_dtype().itemsize
-    free = shutil.disk_usage(place.now()).free
-    if free < checkpoints + result + reserve:
-        raise Refusal(
-            "disk",
-            f"Training {plan.base} needs {(checkpoints + result) / 1e9:.2f} GB of disk "
-            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model); "
-            f"{free / 1e9:.2f} GB are free"
-            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
-            "Make room and save train.yaml again.",
-        )

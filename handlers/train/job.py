@@ -12,7 +12,7 @@ import torch
 
 from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
-from handlers.train import begin, checkpoint, dataset
+from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import finished_folder, write_adapters, write_finished
@@ -23,6 +23,7 @@ from handlers.train.prompts import subject_of
 from handlers.train.recorder import Recorder, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
+from handlers.train.wording import wording
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
 
@@ -59,7 +60,7 @@ class TrainHandler:
         if continued:
             base = base_of_run(place.now(), continued, context.cache)
         else:
-            base = find_base(name, Path(models) if models else None, context.cache, _gpu_bytes(context.device))
+            base = find_base(name, Path(models) if models else None, context.cache, room.gpu_bytes(context.device))
         try:
             with _threads_for(base, context.device):
                 return _train(context, place, run, base, record)
@@ -121,8 +122,14 @@ def _train(
         device,
     )
     inputs = record["inputs"]
-    prompts = [entry["prompt"] for entry in inputs]
-    trainer = Trainer(base, pipeline, material, prompts, dataset.sizes_told(inputs, plan), told=run.log)
+    words = wording(
+        [entry["prompt"] for entry in inputs],
+        material.subjects,
+        dropout=plan.caption_dropout,
+        shuffle=plan.caption_shuffle,
+        seed=plan.seed,
+    )
+    trainer = Trainer(base, pipeline, material, words, dataset.sizes_told(inputs, plan), told=run.log)
     spent = float(found.state.get("seconds", 0.0)) if found else 0.0
     recorder = Recorder(
         context,
@@ -158,11 +165,6 @@ def _train(
     run.log(f"finished: {plan.total_steps} steps")
     shutil.rmtree(place.now() / PRIVATE / "frozen" / run.run, ignore_errors=True)
     return _result(place, {**record, "run": run.run})
-
-
-def _gpu_bytes(device: str) -> int:
-    """All memory of the GPU, 0 for a CPU."""
-    return int(torch.cuda.mem_get_info(device)[1]) if device.startswith("cuda") else 0
 
 
 def _clean_up(place: Place, run: RunFolder) -> None:

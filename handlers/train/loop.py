@@ -50,7 +50,7 @@ class Stage:
         rates: name → learning rate, of each that is trained.
         denoiser: predicts; trained if it is among ``trained``.
         trained: name → what of which module gets gradients.
-        condition: pictures' indices → the denoiser's keyword arguments: what it is told of them.
+        condition: (step from 0, pictures' indices) → the denoiser's keyword arguments: what it is told of them.
     """
 
     number: int
@@ -60,7 +60,7 @@ class Stage:
     rates: Mapping[str, Rate]
     denoiser: Any
     trained: Mapping[str, Trainable]
-    condition: Callable[[list[int]], Mapping[str, Any]]
+    condition: Callable[[int, list[int]], Mapping[str, Any]]
 
     @property
     def rate(self) -> Rate:
@@ -151,7 +151,7 @@ def _gradients(stage: Stage, material: Material, step: int, updates: Updates, fi
             value = 0.0
             for batch in objective.batches_of_step(material, stage.number, step):
                 for part in batch.parts(fitting.means.at_once):
-                    loss = loss_of(stage, material, part)
+                    loss = loss_of(stage, material, step, part)
                     value += float(loss.detach())
                     if not math.isfinite(value):
                         return value
@@ -169,14 +169,14 @@ def _gradients(stage: Stage, material: Material, step: int, updates: Updates, fi
 
 def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
     """The whole loss of one step, a scalar in float32."""
-    parts = [loss_of(stage, material, batch) for batch in objective.batches_of_step(material, stage.number, step)]
+    parts = [loss_of(stage, material, step, batch) for batch in objective.batches_of_step(material, stage.number, step)]
     return torch.stack(parts).sum()
 
 
-def loss_of(stage: Stage, material: Material, batch: Batch) -> torch.Tensor:
+def loss_of(stage: Stage, material: Material, step: int, batch: Batch) -> torch.Tensor:
     """What a batch adds to the loss of its step, a scalar in float32."""
     with _autocast(material.plan, material.device):
-        found = objective.losses(material, stage.denoiser, batch, stage.condition(batch.chosen))
+        found = objective.losses(material, stage.denoiser, batch, stage.condition(step, batch.chosen))
     return (found * batch.shares.to(found)).sum()
 
 

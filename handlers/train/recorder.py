@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from handlers.context import JobContext, Stopping
+from handlers.out_of_memory import is_out_of_memory
 from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
@@ -135,8 +136,14 @@ class Recorder:
         self._saved = self._flushed = time.monotonic()
 
     def show(self, total: int) -> None:
-        """Draw samples and the loss curve into previews/."""
-        pictures = self._draw()
+        """Draw samples and the loss curve into previews/; where memory does not suffice, samples are left out."""
+        try:
+            pictures = self._draw()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._run.log(f"no samples at step {total}: memory ran out while they were drawn")
+            pictures = []
         if pictures:
             prompts = self._plan.prompts
             shown = [prompts[index % len(prompts)] for index in range(len(pictures))]
