@@ -16,6 +16,7 @@ from handlers.train import dataset, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
+from handlers.train.decided import decided
 from handlers.train.further import as_before, plan_of_run
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
@@ -84,8 +85,11 @@ def prepare(
         ],
         **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
+        "decided": decided(payload["spec"], plan, len(rendered.pictures)),
     }
     run.write_record(record)
+    for line in record["decided"]:
+        run.log(f"auto: {line}")
     run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)

@@ -127,7 +127,9 @@ def _train(
             plan,
             draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
             spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
+            decided=record.get("decided", ()),
         )
+        context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
         trainer.train(found, recorder)
     context.progress(plan.total_steps, plan.total_steps, "writing the model")
     if plan.sample_every:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from handlers.context import JobContext, Stopping
 from handlers.out_of_memory import is_out_of_memory
+from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
 from handlers.train.loop import Done
@@ -60,6 +61,7 @@ class Recorder:
         plan: the run's plan.
         draw: draws samples of the models as they are; an empty list where it was stopped.
         spent: seconds that earlier processes spent on this run.
+        decided: what ``auto`` became, for the status.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class Recorder:
         *,
         draw: Callable[[], list[Image.Image]],
         spent: float,
+        decided: Sequence[str] = (),
     ) -> None:
         self._context = context
         self._place = place
         self._run = run
         self._plan = plan
         self._draw = draw
+        self._decided = list(decided)
         self._began = time.monotonic() - spent
         self._saved = self._flushed = self._charted = time.monotonic()
         self._durations: deque[float] = deque(maxlen=50)
@@ -141,6 +145,8 @@ class Recorder:
             seconds_per_step=seconds,
             eta=seconds * (total - done.total),
             stage=done.stage.number,
+            decided=self._decided,
+            **memory_used(self._context.device),
         )
 
     def _is_due(self, total: int) -> bool:
@@ -180,6 +186,13 @@ class Recorder:
         if rows:
             self._place.write(lambda session: charts.write_loss_curve(folder_in(session, PREVIEWS) / "loss.png", rows))
         self._charted = time.monotonic()
+
+
+def memory_used(device: str) -> dict[str, int]:
+    """``memory``: bytes that this process holds; on a GPU ``gpu_memory``, the most that torch held of it."""
+    if device.startswith("cuda"):
+        return {"gpu_memory": int(torch.cuda.max_memory_reserved(device))}
+    return {"memory": resident_bytes()}
 
 
 def sample_name(total: int) -> str:
