@@ -26,9 +26,17 @@ from sessions.spec import TrainSpec
 
 
 def prepare(
-    context: JobContext, place: Place, run: RunFolder, base: BaseModel, pipeline: Any
+    context: JobContext,
+    place: Place,
+    run: RunFolder,
+    base: BaseModel,
+    pipeline: Any,
+    vae: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], dataset.Frozen]:
-    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
+    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``.
+
+    ``vae`` is what ``vae.put_in`` says of the one in the pipeline; None where that is the base's.
+    """
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
     if continued := payload.get("continued"):
@@ -75,6 +83,7 @@ def prepare(
         "plan": plan.to_json(),
         "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
+        **({"vae": dict(vae)} if vae else {}),
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
@@ -174,7 +183,7 @@ def _precision(device: str) -> Precision:
 
 
 def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
-    """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
+    """Refuse before the start what would fill the disk hours later: checkpoints, and the models with their single files."""
     parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
         trained = base.adapter_parameters(parts, plan.lora_rank)
@@ -186,13 +195,18 @@ def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None
     # float32 weights and AdamW's two moments, in the newest two and the one being written.
     checkpoints = 12 * trained * (checkpoint.KEPT + 1)
     result = 2 * written * base.finished_dtype().itemsize
+    count = len(plan.kept_steps)
+    # The folder of an intermediate model goes once its file is proven; where nobody converts, all of them stand.
+    kept = count * result
     free = shutil.disk_usage(place.now()).free
-    if free < checkpoints + result + reserve:
+    needed = checkpoints + result + kept
+    if free < needed + reserve:
+        models = f", {kept / 1e9:.2f} for {count} intermediate model{'' if count == 1 else 's'}" if count else ""
         raise Refusal(
             "disk",
-            f"Training {plan.base} needs {(checkpoints + result) / 1e9:.2f} GB of disk "
-            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model); "
+            f"Training {plan.base} needs {needed / 1e9:.2f} GB of disk "
+            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model{models}); "
             f"{free / 1e9:.2f} GB are free"
             + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
-            "Make room and save train.yaml again.",
+            f"Make room and save train.yaml again{', or write a larger save_every' if count else ''}.",
         )

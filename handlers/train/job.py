@@ -15,14 +15,15 @@ from handlers.convert.quiet import quiet_libraries
 from handlers.train import begin, checkpoint, dataset
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
-from handlers.train.finish import finished_folder, write_adapters, write_finished
+from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_finished
 from handlers.train.further import base_of_run
+from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
-from handlers.train.prompts import subject_of
 from handlers.train.recorder import Recorder, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
+from handlers.train.vae import put_in, require_same
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
 
@@ -41,7 +42,7 @@ class TrainHandler:
 
         Raises:
             Refusal: too few pictures, too little disk, a wrong combination, or the training diverged.
-            Waiting: the base is not on this machine.
+            Waiting: the base, or the VAE that is named, is not on this machine.
             Stopping, Cancelled: as the daemon wishes.
         """
         quiet_libraries()
@@ -99,8 +100,9 @@ def _train(
 ) -> JobResult:
     device = context.device
     pipeline = base.load_pipeline()
+    vae = _other_vae(context, base, pipeline, record)
     if record is None:
-        record, frozen = begin.prepare(context, place, run, base, pipeline)
+        record, frozen = begin.prepare(context, place, run, base, pipeline, vae)
     else:
         frozen = begin.thaw(context, place, run, record, pipeline)
         if record.get("state") != "training":
@@ -130,6 +132,7 @@ def _train(
         run,
         plan,
         draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
+        keeper=Keeper(place, run.run, {**record, "run": run.run}, base, pipeline, trainer),
         spent=spent,
     )
     trainer.train(found, recorder)
@@ -158,6 +161,21 @@ def _train(
     return _result(place, {**record, "run": run.run})
 
 
+def _other_vae(
+    context: JobContext, base: BaseModel, pipeline: Any, record: Mapping[str, Any] | None
+) -> dict[str, str] | None:
+    """Put the VAE that the run names into the pipeline; None where it uses the base's."""
+    payload = context.payload
+    name = str((record["plan"] if record else payload["spec"]).get("vae", "auto"))
+    if name == "auto":
+        return None
+    models = payload.get("models")
+    found = put_in(pipeline, base, name, Path(models) if models else None, context.cache)
+    if record:
+        require_same(record.get("vae"), found)
+    return found
+
+
 def _gpu_bytes(device: str) -> int:
     """All memory of the GPU, 0 for a CPU."""
     return int(torch.cuda.mem_get_info(device)[1]) if device.startswith("cuda") else 0
@@ -178,7 +196,6 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
     plan = Plan.from_json(record["plan"])
     finished = finished_folder(folder, str(record["run"]))
     preview = last_sample(folder, plan.total_steps)
-    first = record["inputs"][0]["source"]
     facts = {
         "run": record["run"],
         "state": "finished",
@@ -189,15 +206,6 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "left_out": record["left_out"],
         **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
-        "metadata": {
-            "title": record.get("name"),
-            "date": record["started_at"],
-            "trigger_phrase": subject_of(plan.instance, plan.class_, first),
-            "resolution": f"{plan.resolution}x{plan.resolution}",
-            "fastsd.run": record["run"],
-            "fastsd.base": plan.base,
-            "fastsd.steps": record["steps"],
-            "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
-        },
+        "metadata": metadata_of(record, plan, int(record["steps"])),
     }
     return JobResult(facts=facts, outputs=[finished, *([preview] if preview else [])])

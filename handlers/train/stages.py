@@ -149,8 +149,8 @@ class Trainer:
             if embedded is None
             else lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
         )
-        self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
+        self._run(stage, found, lambda done: recorder.after_step(done, {}))
 
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
