@@ -31,6 +31,7 @@ def prepare(
     run: RunFolder,
     base: BaseModel,
     pipeline: Any,
+    *,
     vae: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], dataset.Frozen]:
     """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``.
@@ -183,7 +184,7 @@ def _precision(device: str) -> Precision:
 
 
 def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
-    """Refuse before the start what would fill the disk hours later: checkpoints, and the models with their single files."""
+    """Refuse before the start what would fill the disk hours later: checkpoints, and models with their single files."""
     parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
         trained = base.adapter_parameters(parts, plan.lora_rank)

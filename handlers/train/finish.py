@@ -69,7 +69,10 @@ def write_kept(
     Args:
         place: the session.
         name: of the intermediate model.
-        family, pipeline, denoiser, dtype: as of ``write_finished``.
+        family: of the base.
+        pipeline: as it is now.
+        denoiser: as it is now.
+        dtype: of all weights.
         facts: for ``intermediate.json`` in the folder.
 
     Returns:

@@ -1,8 +1,8 @@
 """Intermediate models (``save_every``): the finished folder of a step of its own, written once.
 
-Such a folder appears whole in ``.fastsd/finished/<run>-step-N/``; the daemon has it converted and takes it away. Whether
-step N was kept is asked of the tree, so that a run that does its steps again after a kill writes none twice: the
-folder, else the manifest, which knows of the file before the folder goes.
+Such a folder appears whole in ``.fastsd/finished/<run>-step-N/``; the daemon has it converted and takes it away.
+Whether step N was kept is asked of the tree, so that a run that does its steps again after a kill writes none twice:
+the folder, else the manifest, which knows of the file before the folder goes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class Keeper:
 
     Args:
         place: the session.
-        run: the run's id.
         record: of run.json, with ``run``.
         base: what is trained.
         pipeline: of the base.
@@ -34,10 +33,10 @@ class Keeper:
     """
 
     def __init__(
-        self, place: Place, run: str, record: Mapping[str, Any], base: BaseModel, pipeline: Any, trainer: Trainer
+        self, place: Place, record: Mapping[str, Any], base: BaseModel, pipeline: Any, trainer: Trainer
     ) -> None:
         self._place = place
-        self._run = run
+        self._run = str(record["run"])
         self._record = record
         self._plan = Plan.from_json(record["plan"])
         self._base = base

@@ -102,7 +102,7 @@ def _train(
     pipeline = base.load_pipeline()
     vae = _other_vae(context, base, pipeline, record)
     if record is None:
-        record, frozen = begin.prepare(context, place, run, base, pipeline, vae)
+        record, frozen = begin.prepare(context, place, run, base, pipeline, vae=vae)
     else:
         frozen = begin.thaw(context, place, run, record, pipeline)
         if record.get("state") != "training":
@@ -132,7 +132,7 @@ def _train(
         run,
         plan,
         draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
-        keeper=Keeper(place, run.run, {**record, "run": run.run}, base, pipeline, trainer),
+        keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
         spent=spent,
     )
     trainer.train(found, recorder)

@@ -41,9 +41,7 @@ def put_in(pipeline: Any, base: BaseModel, name: str, models: Path | None, cache
         Refusal: no such VAE is known, it is of another family than the base, or it is broken.
     """
     model = registry.find(name, "vae", models, cache)
-    component = next(
-        part for part in converted.FAMILIES[base.training.name].components if part.name == "vae"
-    )
+    component = next(part for part in converted.FAMILIES[base.training.name].components if part.name == "vae")
     found = read_vae(model.path, component)
     _check(pipeline.vae, found, model.path, name, base.model.name)
     digest = hashlib.sha256()
@@ -85,7 +83,9 @@ def _check(own: Any, found: Mapping[str, Located], path: Path, name: str, base: 
         raise Refusal("vae", f"The VAE {name} differs in shape from that of {base}, in {odd[0]}.", advice)
     scale = _scale_of(path)
     if scale is not None and abs(scale - own.config.scaling_factor) > 1e-6:
-        what = f"The VAE {name} scales its latents by {scale:g} where {base} knows them by {own.config.scaling_factor:g}."
+        what = (
+            f"The VAE {name} scales its latents by {scale:g} where {base} knows them by {own.config.scaling_factor:g}."
+        )
         raise Refusal("vae", what, advice)
 
 
