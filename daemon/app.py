@@ -162,6 +162,7 @@ class Daemon:
             make_room=self.webui.yield_gpu,
             ended=self._on_ended,
             display=display,
+            kept=self.mark_dirty,
         )
         self.dispatcher = Dispatcher(
             self.queue,

@@ -15,7 +15,7 @@ from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket
 from handlers.train.memory import Means, Optimizer
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
-from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
+from sessions.spec import RESOLUTIONS, TrainSpec, kept_steps, require_kept, seconds_of, steps_of
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -121,6 +121,8 @@ class Plan:
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         ema: whether the result is a moving average.
         optimizer, at_once, checkpointing, offload, fused_backward: as in ``memory.Means``; at_once 0 is a whole step.
+        save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
+        vae: the name of a VAE in place of the base's; ``auto``: the base's.
     """
 
     base: str
@@ -160,6 +162,14 @@ class Plan:
     checkpointing: bool = False
     offload: bool = False
     fused_backward: bool = False
+    save_every: int = 0
+    save_from: int = 0
+    vae: str = "auto"
+
+    @property
+    def kept_steps(self) -> range:
+        """The steps of stage 2 after which an intermediate model is kept."""
+        return kept_steps(self.save_every, self.save_from, self.unet_steps)
 
     @property
     def pictures_a_step(self) -> int:
@@ -247,6 +257,7 @@ def make_plan(
     text_encoder_steps = steps_of(spec.text_encoder.steps, count)
     unet_steps = steps_of(spec.unet.steps, count)
     unet_steps = unet.steps(count) if unet_steps is None else unet_steps
+    require_kept(spec, unet_steps)
     every = spec.checkpoint_every
     return Plan(
         base=base.name,
@@ -282,6 +293,9 @@ def make_plan(
         caption_shuffle=spec.caption_shuffle,
         ema=spec.ema,
         optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
+        save_every=spec.save_every,
+        save_from=spec.save_from,
+        vae=spec.vae,
     )
 
 

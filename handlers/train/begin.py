@@ -26,9 +26,18 @@ from sessions.spec import TrainSpec
 
 
 def prepare(
-    context: JobContext, place: Place, run: RunFolder, base: BaseModel, pipeline: Any
+    context: JobContext,
+    place: Place,
+    run: RunFolder,
+    base: BaseModel,
+    pipeline: Any,
+    *,
+    vae: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], dataset.Frozen]:
-    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
+    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``.
+
+    ``vae`` is what ``vae.put_in`` says of the one in the pipeline; None where that is the base's.
+    """
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
     if continued := payload.get("continued"):
@@ -76,6 +85,7 @@ def prepare(
         "plan": plan.to_json(),
         "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
+        **({"vae": dict(vae)} if vae else {}),
         "inputs": [
             *(_input(picture, plan, folder) for picture in rendered.pictures),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),

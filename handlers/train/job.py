@@ -16,14 +16,15 @@ from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.crew import Crew, crew_of
-from handlers.train.finish import finished_folder, write_adapters, write_finished
+from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_finished
 from handlers.train.further import base_of_run
+from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
-from handlers.train.prompts import subject_of
 from handlers.train.recorder import Recorder, Silence, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
+from handlers.train.vae import put_in, require_same
 from handlers.train.wording import wording
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
@@ -44,7 +45,7 @@ class TrainHandler:
 
         Raises:
             Refusal: too few pictures, too little disk, a wrong combination, or the training diverged.
-            Waiting: the base is not on this machine.
+            Waiting: the base, or the VAE that is named, is not on this machine.
             Stopping, Cancelled: as the daemon wishes.
         """
         quiet_libraries()
@@ -102,8 +103,9 @@ def _train(
 ) -> JobResult:
     device = context.device
     pipeline = base.load_pipeline()
+    vae = _other_vae(context, base, pipeline, record)
     if record is None:
-        record, frozen = begin.prepare(context, place, run, base, pipeline)
+        record, frozen = begin.prepare(context, place, run, base, pipeline, vae=vae)
     else:
         frozen = begin.thaw(context, place, run, record, pipeline)
         if record.get("state") != "training":
@@ -127,6 +129,7 @@ def _train(
             plan,
             draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
             spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
+            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
             decided=record.get("decided", ()),
         )
         context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
@@ -195,10 +198,26 @@ def follow(crew: Crew, device: str, task: Mapping[str, Any]) -> None:
     record = run.read_record() or {}
     with _threads_for(base, device):
         pipeline = base.load_pipeline()
+        _other_vae(context, base, pipeline, record)
         frozen = begin.thaw(context, place, run, record, pipeline)
         found = checkpoint.newest(place.now(), run.run, lambda *_: None)
         trainer = _trainer(base, pipeline, record, frozen, device, crew=crew, told=lambda _line: None)
         trainer.train(found, Silence())
+
+
+def _other_vae(
+    context: JobContext, base: BaseModel, pipeline: Any, record: Mapping[str, Any] | None
+) -> dict[str, str] | None:
+    """Put the VAE that the run names into the pipeline; None where it uses the base's."""
+    payload = context.payload
+    name = str((record["plan"] if record else payload["spec"]).get("vae", "auto"))
+    if name == "auto":
+        return None
+    models = payload.get("models")
+    found = put_in(pipeline, base, name, Path(models) if models else None, context.cache)
+    if record:
+        require_same(record.get("vae"), found)
+    return found
 
 
 def _clean_up(place: Place, run: RunFolder) -> None:
@@ -216,7 +235,6 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
     plan = Plan.from_json(record["plan"])
     finished = finished_folder(folder, str(record["run"]))
     preview = last_sample(folder, plan.total_steps)
-    first = record["inputs"][0]["source"]
     facts = {
         "run": record["run"],
         "state": "finished",
@@ -227,15 +245,6 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "left_out": record["left_out"],
         **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
-        "metadata": {
-            "title": record.get("name"),
-            "date": record["started_at"],
-            "trigger_phrase": subject_of(plan.instance, plan.class_, first),
-            "resolution": f"{plan.resolution}x{plan.resolution}",
-            "fastsd.run": record["run"],
-            "fastsd.base": plan.base,
-            "fastsd.steps": record["steps"],
-            "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
-        },
+        "metadata": metadata_of(record, plan, int(record["steps"])),
     }
     return JobResult(facts=facts, outputs=[finished, *([preview] if preview else [])])

@@ -16,6 +16,7 @@ from handlers.out_of_memory import is_out_of_memory
 from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
+from handlers.train.intermediate import Keeper
 from handlers.train.loop import Done
 from handlers.train.place import Place, folder_in
 from handlers.train.run import RunFolder
@@ -60,6 +61,7 @@ class Recorder:
         run: the run's folder.
         plan: the run's plan.
         draw: draws samples of the models as they are; an empty list where it was stopped.
+        keeper: writes intermediate models.
         spent: seconds that earlier processes spent on this run.
         decided: what ``auto`` became, for the status.
     """
@@ -72,6 +74,7 @@ class Recorder:
         plan: Plan,
         *,
         draw: Callable[[], list[Image.Image]],
+        keeper: Keeper,
         spent: float,
         decided: Sequence[str] = (),
     ) -> None:
@@ -81,11 +84,13 @@ class Recorder:
         self._plan = plan
         self._draw = draw
         self._decided = list(decided)
+        self._keeper = keeper
         self._began = time.monotonic() - spent
         self._saved = self._flushed = self._charted = time.monotonic()
         self._durations: deque[float] = deque(maxlen=50)
         self._losses: deque[float] = deque(maxlen=50)
         self._last = time.monotonic()
+        self._kept = 0
 
     @property
     def seconds(self) -> float:
@@ -106,6 +111,8 @@ class Recorder:
         self._durations.append(now - self._last)
         self._losses.append(done.loss)
         self._note(done)
+        # Before the checkpoint: a run that goes on from it does not come by here again.
+        is_shown = self._keep(done)
         is_last = done.step == done.stage.steps
         stopping = self._context.is_stopping()
         # The end of stage 1 is saved by whoever knows what is kept of it; the end of the run is its result.
@@ -118,11 +125,24 @@ class Recorder:
             self._run.flush()
             self._flushed = now
         every = self._plan.sample_every
-        if done.stage.number == 2 and not is_last and every and done.step % every == 0:
+        if done.stage.number == 2 and not is_last and not is_shown and every and done.step % every == 0:
             self.show(done.total)
         elif now - self._charted > _CHART_SECONDS:
             self.chart()
         self._last = time.monotonic()
+
+    def _keep(self, done: Done) -> bool:
+        """Keep the model of a step where it is due and not there yet. Returns whether samples of it were drawn."""
+        if done.stage.number != 2 or done.step not in self._plan.kept_steps or not self._keeper.lacks(done.step):
+            return False
+        self._context.progress(done.total, self._plan.total_steps, f"keeping the model of step {done.step}")
+        is_shown = bool(self._plan.sample_every)
+        if is_shown:
+            self.show(done.total)  # people choose by these, and the file carries them
+        self._keeper.keep(done.step, done.total)
+        self._kept += 1
+        self._run.log(f"kept the model of step {done.step}")
+        return is_shown
 
     def stop_if_wished(self) -> None:
         """Raise ``Stopping`` if the daemon stops; the caller has just saved."""
@@ -147,6 +167,7 @@ class Recorder:
             stage=done.stage.number,
             decided=self._decided,
             **memory_used(self._context.device),
+            kept=self._kept,
         )
 
     def _is_due(self, total: int) -> bool:

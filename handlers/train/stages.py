@@ -155,8 +155,8 @@ class Trainer:
                 self._condition_anew(2, step, chosen) if embedded is None else self._condition(embedded, step, chosen)
             ),
         )
-        self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
+        self._run(stage, found, lambda done: recorder.after_step(done, {}))
 
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
