@@ -156,6 +156,7 @@ class TrainSpec(_Section):
     vae: Token = Field("auto", description="auto or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")
+    validation: Auto | Count = Field("auto", description="auto, a number of pictures to hold out, or 0 for none")
     save_every: Count = Field(0, description="a number of steps, or 0 for none")
     save_from: Count = Field(0, description="a number of steps")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")

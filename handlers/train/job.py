@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
 from handlers.train import begin, checkpoint, dataset, room
+from handlers.train.audience import invited
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
+from handlers.train.divergence import Diverged
 from handlers.train.finish import finished_folder, write_adapters, write_finished
 from handlers.train.further import base_of_run
 from handlers.train.objective import Material
@@ -23,6 +26,7 @@ from handlers.train.prompts import subject_of
 from handlers.train.recorder import Recorder, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
+from handlers.train.validation import Validation
 from handlers.train.wording import wording
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
@@ -75,8 +79,11 @@ class TrainHandler:
         except Refusal as refusal:
             if refusal.code == "diverged" and (written := run.read_record()):
                 run.flush()
+                kept = _last_good(place, run, refusal.good_until) if isinstance(refusal, Diverged) else ""
+                refusal = Refusal(refusal.code, refusal.what, f"{refusal.advice} {kept}".strip(), refusal.line)
                 run.write_record({**written, "state": "failed", "reason": str(refusal)})
                 run.log(str(refusal))
+                raise refusal from None
             raise
 
 
@@ -114,14 +121,17 @@ def _train(
     done = found.step if found else 0
     run.forget_after(done)
     run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {device}")
+    inputs = record["inputs"]
     material = Material(
         plan,
         frozen,
-        sum(not entry.get("prior") for entry in record["inputs"]),
+        sum(not (entry.get("prior") or entry.get("held_out")) for entry in inputs),
         base.training.objective(pipeline),
         device,
     )
-    inputs = record["inputs"]
+    seen = len(inputs) - plan.validation
+    validation = Validation(material, range(seen, len(inputs))) if plan.validation else None
+    material = replace(material, frozen=dataset.Frozen(frozen.mean[:seen], frozen.std[:seen]))
     words = wording(
         [entry["prompt"] for entry in inputs],
         material.subjects,
@@ -131,6 +141,7 @@ def _train(
     )
     trainer = Trainer(base, pipeline, material, words, dataset.sizes_told(inputs, plan), told=run.log)
     spent = float(found.state.get("seconds", 0.0)) if found else 0.0
+    viewers = invited(context, place, run, plan, done)
     recorder = Recorder(
         context,
         place,
@@ -138,16 +149,19 @@ def _train(
         plan,
         draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
         spent=spent,
+        viewers=viewers,
+        measure=validation.measure_of(trainer.result) if validation else None,
         decided=record.get("decided", ()),
     )
     context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
-    trainer.train(found, recorder)
-    context.progress(plan.total_steps, plan.total_steps, "writing the model")
-    if plan.sample_every:
-        recorder.show(plan.total_steps)
-    else:
-        recorder.chart()
-    run.flush()
+    with closing(viewers):
+        trainer.train(found, recorder)
+        context.progress(plan.total_steps, plan.total_steps, "writing the model")
+        if plan.sample_every:
+            recorder.show(plan.total_steps)
+        else:
+            recorder.chart()
+        run.flush()
     dtype = base.finished_dtype()
     if plan.is_adapter:
         folder = write_adapters(place, run.run, pipeline, trainer.adapters, plan=plan, dtype=dtype)
@@ -167,6 +181,16 @@ def _train(
     return _result(place, {**record, "run": run.run})
 
 
+def _last_good(place: Place, run: RunFolder, good_until: int) -> str:
+    """The newest checkpoint from before a training went wrong, in words; damaged ones and those with NaN are none."""
+    at_most = good_until
+    while found := checkpoint.newest(place.now(), run.run, lambda _folder, _why: None, at_most):
+        if found.is_finite():
+            return f"The last good checkpoint is {found.folder.parent.name}/{found.folder.name}; it is kept."
+        at_most = found.step - 1
+    return "No checkpoint was written before that."
+
+
 def _clean_up(place: Place, run: RunFolder) -> None:
     folder = place.now()
     checkpoint.prune(folder, run.run, 0)
@@ -183,13 +207,14 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
     finished = finished_folder(folder, str(record["run"]))
     preview = last_sample(folder, plan.total_steps)
     first = record["inputs"][0]["source"]
+    trained_on = sum(not (entry.get("prior") or entry.get("held_out")) for entry in record["inputs"])
     facts = {
         "run": record["run"],
         "state": "finished",
         "steps": record["steps"],
         "finished": str(finished),
         "seconds": record["seconds"],
-        "pictures": sum(not entry.get("prior") for entry in record["inputs"]),
+        "pictures": trained_on,
         "left_out": record["left_out"],
         **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
@@ -201,7 +226,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
             "fastsd.run": record["run"],
             "fastsd.base": plan.base,
             "fastsd.steps": record["steps"],
-            "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
+            "fastsd.pictures": trained_on,
         },
     }
     return JobResult(facts=facts, outputs=[finished, *([preview] if preview else [])])

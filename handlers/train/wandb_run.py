@@ -1,7 +1,7 @@
 """Weights & Biases, for who names a project in fastsd.yaml (``wandb: PROJECT``).
 
-The key comes from the environment (``WANDB_API_KEY``), as all that the package asks there; ``WANDB_MODE=offline`` writes
-for a later ``wandb sync``. Its files lie in the cache, not in the tree.
+The key comes from the environment (``WANDB_API_KEY``), as everything that the package asks there; with
+``WANDB_MODE=offline`` it writes for a later ``wandb sync``. Its files lie in the cache, not in the tree.
 """
 
 from __future__ import annotations
