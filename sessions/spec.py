@@ -157,6 +157,7 @@ class TrainSpec(_Section):
     vae: Token = Field("auto", description="auto, a name of `fastsd models list`, or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")
+    validation: Auto | Count = Field("auto", description="auto, a number of pictures to hold out, or 0 for none")
     save_every: Count = Field(0, description="a number of unet steps, or 0 for none")
     save_from: Count = Field(0, description="the unet step of the first intermediate model; 0: save_every")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
-from handlers.train import dataset, prior, room, sampler
+from handlers.train import dataset, holdout, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
@@ -57,14 +57,19 @@ def prepare(
     dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
-    sources = [str(picture["source"]) for picture in rendered.pictures]
+    trained, held_out = holdout.split(rendered.pictures, plan.validation, plan.seed)
+    sources = [str(picture["source"]) for picture in trained]
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
     plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, plan, base, pipeline)
-    images = [*rendered.images, *of_class.images]
+    image_of = {
+        str(picture["source"]): image for picture, image in zip(rendered.pictures, rendered.images, strict=True)
+    }
+    images = [*map(image_of.__getitem__, sources), *of_class.images]
+    images += [image_of[str(picture["source"])] for picture in held_out]
     encoded = dataset.encode(
         images,
         pipeline.vae,
@@ -74,7 +79,7 @@ def prepare(
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
     folder = place.now()
-    counts = bucket_counts(rendered.pictures)
+    counts = bucket_counts(trained)
     record = {
         "name": payload.get("name"),
         "session": payload.get("session"),
@@ -87,15 +92,16 @@ def prepare(
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
         **({"vae": dict(vae)} if vae else {}),
         "inputs": [
-            *(_input(picture, plan, folder) for picture in rendered.pictures),
+            *(_input(picture, plan, folder) for picture in trained),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
+            *({**_input(picture, plan, folder), "held_out": True} for picture in held_out),
         ],
         "left_out": [
             {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
         ],
         **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
-        "decided": decided(payload["spec"], plan, len(rendered.pictures)),
+        "decided": decided(payload["spec"], plan, len(trained)),
     }
     run.write_record(record)
     for line in record["decided"]:
@@ -103,6 +109,9 @@ def prepare(
     run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)
+    if held_out:
+        names = ", ".join(entry["source"] for entry in record["inputs"] if entry.get("held_out"))
+        run.log(f"held out, not trained on: {names}")
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen

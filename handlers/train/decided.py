@@ -84,7 +84,8 @@ def _how(spec: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def _seen(spec: Mapping[str, Any], plan: Plan) -> list[str]:
-    return [f"samples every {plan.sample_every:,} steps"] if spec.get("sample_every") == "auto" else []
+    held_out = [f"{plan.validation} pictures held out"] if spec.get("validation") == "auto" and plan.validation else []
+    return [*([f"samples every {plan.sample_every:,} steps"] if spec.get("sample_every") == "auto" else []), *held_out]
 
 
 def _counts_pictures(spec: Mapping[str, Any]) -> bool:

@@ -167,8 +167,13 @@ def metadata_of(record: Mapping[str, Any], plan: Plan, steps: int) -> dict[str, 
         "fastsd.run": record["run"],
         "fastsd.base": plan.base,
         "fastsd.steps": steps,
-        "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
+        "fastsd.pictures": trained_on(record),
     }
+
+
+def trained_on(record: Mapping[str, Any]) -> int:
+    """How many pictures of the subject a run learns from."""
+    return sum(not (entry.get("prior") or entry.get("held_out")) for entry in record["inputs"])
 
 
 def _publish(place: Place, run: str, fill: Callable[[Path], None]) -> Path:

@@ -62,7 +62,7 @@ class WandbRun:
     def begin(self, rows: Sequence[Row], samples: Mapping[int, Path]) -> None:
         """As ``viewers.Viewer.begin``: what it has already, it leaves."""
         at = {row["step"]: row for row in rows}
-        for step in sorted(at | samples):
+        for step in sorted(at.keys() | samples.keys()):
             self._log(step, at.get(step), samples.get(step))
 
     def note(self, rows: Sequence[Row]) -> None:
