@@ -34,7 +34,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FACTS = "adapter.json"
 _VARIANTS = ("dora",)
 # What kohya's scripts call the bases; A1111 sorts LoRAs by it.
-_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 _AGAIN = "Train again: save train.yaml once more."
 
 
@@ -84,7 +84,9 @@ def read_facts(folder: Path) -> AdapterFacts:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refusal("source", f"The {ADAPTER_FACTS} of {folder.name} is damaged.", _AGAIN) from None
     if family not in LORA_FAMILIES:
-        raise Refusal("source", f"{folder.name} holds an adapter of {family}.", "SD 1, SD 2 and SDXL are converted.")
+        raise Refusal(
+            "source", f"{folder.name} holds an adapter of {family}.", "SD 1, SD 2, SDXL and Flux are converted."
+        )
     return facts
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from handlers.convert.adapter import AdapterFacts
 from handlers.convert.forward import FAILURES, compare_outputs, output_of
-from handlers.convert.lora import read_lora
+from handlers.convert.lora import halves_of, read_lora
 from handlers.convert.lora_names import Module, to_kohya
 from handlers.convert.quiet import quiet_libraries
 from handlers.convert.verify import Unproven
@@ -47,7 +47,8 @@ def compare_adapters(file: Path, source: Path, base: BaseModel, facts: AdapterFa
     """
     quiet_libraries()
     written = load_file(file)
-    kind = next(tensor.dtype for key, tensor in written.items() if key.endswith(".lora_down.weight"))
+    down = halves_of(facts.pipeline.family)[0]
+    kind = next(tensor.dtype for key, tensor in written.items() if key.endswith(f".{down}.weight"))
     trained = {key: tensor.to(kind) for key, tensor in load_file(source).items()}
     whole = _loaded(base)
     wanted = {}
@@ -126,9 +127,8 @@ def _merge(whole: Any, file: Path, tensors: Tensors, family: str) -> None:
     """Add a DoRA, a file and its tensors, to the weights of a pipeline."""
     for pair in read_lora(file, ("dora",)).pairs:
         name = to_kohya(pair.module, family)
-        down, up, scale = (
-            tensors[f"{name}.{half}"].float() for half in ("lora_down.weight", "lora_up.weight", "dora_scale")
-        )
+        halves = (*(f"{half}.weight" for half in halves_of(family)), "dora_scale")
+        down, up, scale = (tensors[f"{name}.{half}"].float() for half in halves)
         weight = _layer(whole, pair.module).weight
         changed = weight.data + pair.alpha / pair.rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         lengths = changed.flatten(1).norm(dim=1).reshape(scale.shape)

@@ -77,7 +77,7 @@ def write_adapters(
         "method": plan.method,
         "base": plan.base,
         "family": plan.family,
-        "prediction": "v" if pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "prediction": _prediction(pipeline.scheduler.config),
         "resolution": plan.resolution,
         "parts": sorted(adapters),
     }
@@ -88,6 +88,11 @@ def write_adapters(
         files.write_json(temporary / ADAPTER_FACTS, facts)
 
     return _publish(place, run, write)
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    """What a schedule's model predicts: a flow's schedule does not say, since there is but one."""
+    return {"v_prediction": "v", "epsilon": "epsilon"}.get(str(config.get("prediction_type")), "flow")
 
 
 def _publish(place: Place, run: str, fill: Callable[[Path], None]) -> Path:

@@ -115,7 +115,6 @@ def test_other_lines_at_fault_are_named_too() -> None:
     "text",
     [
         "memory: 24GB",
-        "base: flux-dev",
         "ema: true",
         "save_every: 5",
         "vae: other",
