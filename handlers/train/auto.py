@@ -130,7 +130,8 @@ class Plan:
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         ema: whether the result is a moving average.
-        optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a whole step.
+        optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a
+            whole step.
     """
 
     base: str

@@ -1,6 +1,6 @@
 """Flux (FLUX.1 [dev] and [schnell]): a transformer that is told T5's words and CLIP's pooled embedding.
 
-T5 XXL and the transformer do not fit beside each other on most machines: the text encoders speak first, then they leave.
+T5 XXL and the transformer do not fit beside each other on most machines: the text encoders speak first, and leave.
 """
 
 from __future__ import annotations
