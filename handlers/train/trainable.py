@@ -119,16 +119,12 @@ def adapted(module: Any, layers: tuple[str, ...], *, rank: int, alpha: float, do
     module.requires_grad_(requires_grad=False)
     # Peft computes with any number and says int.
     scale = cast("int", alpha)
-    # Flux's last layer is called as one of each block is.
-    outer = [name for name, _ in module.named_children() if name in layers]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scale,
-        target_modules=list(layers),
-        exclude_modules="|".join(outer) or None,
-        use_dora=dora,
-        bias="none",
-    )
+    chosen = list(layers)
+    if any(name in layers for name, _ in module.named_children()):
+        # Flux's last layer is called as one of each block is: then all are called by their whole names.
+        endings = tuple(f".{layer}" for layer in layers)
+        chosen = [name for name, _ in module.named_modules() if name.endswith(endings)]
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, use_dora=dora, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(config)
