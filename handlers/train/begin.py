@@ -17,10 +17,13 @@ from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
 from handlers.train.decided import decided
+from handlers.train.families import Embedded
+from handlers.train.fresh import fresh_denoiser
 from handlers.train.further import as_before, plan_of_run
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
 from handlers.train.run import RunFolder, now
+from handlers.train.speaking import speak
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
@@ -64,7 +67,7 @@ def prepare(
         plan = replace(plan, prompts=prompts)
     plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
-    of_class = _class_pictures(context, place, plan, base, pipeline)
+    of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
     image_of = {
         str(picture["source"]): image for picture, image in zip(rendered.pictures, rendered.images, strict=True)
     }
@@ -123,20 +126,27 @@ def devices_of(context: JobContext, plan: Plan) -> list[str]:
     return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
 
 
-def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
+def _class_pictures(
+    context: JobContext, place: Place, run: RunFolder, plan: Plan, *, base: BaseModel, pipeline: Any
+) -> dataset.Rendered:
     """The class pictures; those that are missing are drawn by the base."""
     if not plan.prior_images:
         return dataset.Rendered([], [], [])
     denoiser: Any = None
+    embedded: dict[str, Embedded] = {}
 
     def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
         nonlocal denoiser
-        denoiser = denoiser or base.load_denoiser().to(context.device)
+        new = list(dict.fromkeys(prompt for prompt, _seed in wanted if prompt not in embedded))
+        if new and base.training.draws_from_embeddings:
+            embedded.update(zip(new, speak(base.training, pipeline, new, context.device, run.log), strict=True))
+        denoiser = denoiser or fresh_denoiser(base, plan, context.device).to(context.device)
         return sampler.draw(
             base.training,
             pipeline,
             denoiser,
             wanted=wanted,
+            embedded=embedded,
             batch=prior.batch_of(plan),
             resolution=plan.resolution,
             guidance=plan.guidance,

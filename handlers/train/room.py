@@ -13,6 +13,7 @@ from handlers.train.base import BaseModel
 from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
+from handlers.train.quantise import can_quantise
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
@@ -69,6 +70,7 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
         adapter=plan.is_adapter,
         average=plan.ema,
         devices=devices,
+        quantises=plan.is_adapter and base.training.draws_from_embeddings and can_quantise(),
     )
 
 
