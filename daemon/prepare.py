@@ -7,7 +7,7 @@ one whose session is gone has nobody waiting for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Preparer:
         rules: parameters of the pictures' outputs.
         network: () → the salient-object network that is here.
         searching: the index of the search, where it is switched on.
+        crew: the devices that share a training; none where each GPU works for itself.
     """
 
     root: Path
@@ -59,6 +60,7 @@ class Preparer:
     rules: PictureRules
     network: Callable[[], SegmentNetwork | None] = lambda: None
     searching: Searching | None = None
+    crew: Sequence[str] = ()
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -220,6 +222,7 @@ class Preparer:
             "models": self.models,
             "disk_reserve": self.settings.limits.disk_reserve,
             "spec_record": spec_record.to_json(),
+            "devices": list(self.crew),
         }
         ended = session.manifest.get("train", stored["run"]) or {}
         if ended.get("state") == "finished":

@@ -35,6 +35,8 @@ RESOLUTIONS: dict[str, tuple[int, int]] = {
     "sd21-768": (512, 1024),
     "sdxl": (512, 1536),
 }
+# GB of GPU memory without which all of a base cannot be trained, by the smallest of the presets.
+_LEAST_MEMORY = {"sd21-768": 12, "sdxl": 24}
 _LATER_BASES = ("flux-dev", "flux-schnell")
 
 
@@ -125,6 +127,12 @@ class TrainSpec(_Section):
     buckets: bool = Field(default=False, description="true or false")
     crop: Literal["smart", "centre", "off"] = Field("smart", description="smart, centre or off")
     captions: Auto | bool = Field("auto", description="auto, true or false")
+    caption_dropout: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="a number from 0 to below 1: how often a picture has no words"
+    )
+    caption_shuffle: bool = Field(
+        default=False, description="true or false: whether the parts between a caption's commas change places"
+    )
     text_encoder: TextEncoderSpec = Field(
         default_factory=TextEncoderSpec, description="{steps: auto, learning_rate: auto}"
     )
@@ -314,6 +322,14 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "Give it steps, leave them out, or use dreambooth to train the text encoder alone.",
             lines.of("unet", "steps"),
         )
+    least = _LEAST_MEMORY.get(spec.base, 0)
+    if spec.method in ("dreambooth", "finetune") and spec.memory != "auto" and int(spec.memory[:-2]) < least:
+        raise Refusal(
+            "spec",
+            f"All of {spec.base} cannot be trained in memory: {spec.memory}; it takes a GPU of {least} GB or more.",
+            "Use method: lora.",
+            lines.of("memory"),
+        )
     if spec.continue_ is not None and spec.base != "auto":
         raise Refusal(
             "spec",
@@ -373,7 +389,6 @@ def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
             f"base: {spec.base}",
             "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
         ),
-        (spec.memory != "auto", ("memory",), "memory presets", "Use auto."),
     ]
     for asked, key, name, advice in later:
         if asked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
@@ -118,6 +118,7 @@ class Plan:
         miniature: whether the base is a built-in miniature.
         buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
+        caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         ema: whether the result is a moving average.
         optimizer, at_once, checkpointing, offload, fused_backward: as in ``memory.Means``; at_once 0 is a whole step.
         save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
@@ -153,6 +154,8 @@ class Plan:
     buckets: bool = False
     lora_rank: int = 16
     lora_alpha: float = 16
+    caption_dropout: float = 0.0
+    caption_shuffle: bool = False
     ema: bool = False
     optimizer: Optimizer = "adamw"
     at_once: int = 0
@@ -183,6 +186,10 @@ class Plan:
             optimizer=self.optimizer,
             fused_backward=self.fused_backward,
         )
+
+    def with_means(self, means: Means) -> Plan:
+        """The same with other means."""
+        return replace(self, **asdict(means))
 
     @property
     def bucket_shapes(self) -> tuple[Shape, ...]:
@@ -282,6 +289,8 @@ def make_plan(
         buckets=spec.buckets,
         lora_rank=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
+        caption_dropout=spec.caption_dropout,
+        caption_shuffle=spec.caption_shuffle,
         ema=spec.ema,
         optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
         save_every=spec.save_every,

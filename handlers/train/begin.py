@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
-from handlers.train import checkpoint, dataset, prior, sampler
+from handlers.train import dataset, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
@@ -61,7 +60,8 @@ def prepare(
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
-    _check_room(place, base, plan, int(payload.get("disk_reserve") or 0))
+    plan = room.fitted(plan, spec, base, devices_of(context, plan))
+    room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, plan, base, pipeline)
     images = [*rendered.images, *of_class.images]
     encoded = dataset.encode(
@@ -96,11 +96,18 @@ def prepare(
         "frozen": digest,
     }
     run.write_record(record)
+    run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
+
+
+def devices_of(context: JobContext, plan: Plan) -> list[str]:
+    """The devices that share a run: this worker's, and others where ``gpus: all`` is set, one a picture of a step."""
+    given = [str(device) for device in context.payload.get("devices") or ()]
+    return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
 
 
 def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
@@ -181,33 +188,3 @@ def _precision(device: str) -> Precision:
     if not device.startswith("cuda"):
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _check_room(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
-    """Refuse before the start what would fill the disk hours later: checkpoints, and models with their single files."""
-    parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
-    if plan.is_adapter:
-        trained = base.adapter_parameters(parts, plan.lora_rank)
-        written = trained
-    else:
-        counts = base.parameters()
-        trained = sum(counts[name] for name in parts)
-        written = sum(counts.values())
-    # float32 weights and AdamW's two moments, in the newest two and the one being written.
-    checkpoints = 12 * trained * (checkpoint.KEPT + 1)
-    result = 2 * written * base.finished_dtype().itemsize
-    count = len(plan.kept_steps)
-    # The folder of an intermediate model goes once its file is proven; where nobody converts, all of them stand.
-    kept = count * result
-    free = shutil.disk_usage(place.now()).free
-    needed = checkpoints + result + kept
-    if free < needed + reserve:
-        models = f", {kept / 1e9:.2f} for {count} intermediate model{'' if count == 1 else 's'}" if count else ""
-        raise Refusal(
-            "disk",
-            f"Training {plan.base} needs {needed / 1e9:.2f} GB of disk "
-            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model{models}); "
-            f"{free / 1e9:.2f} GB are free"
-            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
-            f"Make room and save train.yaml again{', or write a larger save_every' if count else ''}.",
-        )

@@ -49,7 +49,7 @@ class Fitting:
         if self.means.checkpointing and not self._denoiser.is_gradient_checkpointing:
             self._denoiser.enable_gradient_checkpointing()
             for encoder in self._encoders:
-                encoder.gradient_checkpointing_enable()
+                encoder.activation_checkpointing_enable()
         if self.means.offload and self._offloaded is None:
             self._offloaded = to_cpu(self._denoiser, self._device)
 
@@ -77,9 +77,3 @@ class Fitting:
         self.means = less
         self._apply()
         self._told(f"memory ran out in {where}: goes on with {less.told()}")
-
-    def close(self) -> None:
-        """The stage is over: the base is back where it was."""
-        if self._offloaded:
-            self._offloaded.remove()
-            self._offloaded = None

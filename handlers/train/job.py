@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ import torch
 
 from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
-from handlers.train import begin, checkpoint, dataset
+from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
+from handlers.train.crew import Crew, crew_of
 from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_finished
 from handlers.train.further import base_of_run
 from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
-from handlers.train.recorder import Recorder, last_sample
+from handlers.train.recorder import Recorder, Silence, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
 from handlers.train.vae import put_in, require_same
+from handlers.train.wording import wording
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
 
@@ -37,7 +39,8 @@ class TrainHandler:
         Payload: ``folder``, ``root``, ``session``, ``run``, ``name``, ``spec``, ``spec_record``, ``base``, ``models``,
         ``pictures``: ``source``, ``sha256``, ``box``, ``caption``, and where known ``caption_by`` (``person``),
         ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free; ``continued``: ``run`` and
-        ``model`` (a file in the session) to train on from. A run that has its
+        ``model`` (a file in the session) to train on from; ``devices`` that share the steps, the first of them this
+        worker's. A run that has its
         ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
@@ -60,7 +63,7 @@ class TrainHandler:
         if continued:
             base = base_of_run(place.now(), continued, context.cache)
         else:
-            base = find_base(name, Path(models) if models else None, context.cache, _gpu_bytes(context.device))
+            base = find_base(name, Path(models) if models else None, context.cache, room.gpu_bytes(context.device))
         try:
             with _threads_for(base, context.device):
                 return _train(context, place, run, base, record)
@@ -114,28 +117,21 @@ def _train(
     )
     done = found.step if found else 0
     run.forget_after(done)
-    run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {device}")
-    material = Material(
-        plan,
-        frozen,
-        sum(not entry.get("prior") for entry in record["inputs"]),
-        base.training.objective(pipeline),
-        device,
-    )
-    inputs = record["inputs"]
-    prompts = [entry["prompt"] for entry in inputs]
-    trainer = Trainer(base, pipeline, material, prompts, dataset.sizes_told(inputs, plan), told=run.log)
-    spent = float(found.state.get("seconds", 0.0)) if found else 0.0
-    recorder = Recorder(
-        context,
-        place,
-        run,
-        plan,
-        draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
-        keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
-        spent=spent,
-    )
-    trainer.train(found, recorder)
+    devices = begin.devices_of(context, plan)
+    where = " and ".join(devices)
+    run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {where}")
+    with crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew:
+        trainer = _trainer(base, pipeline, record, frozen, device, crew=crew, told=run.log)
+        recorder = Recorder(
+            context,
+            place,
+            run,
+            plan,
+            draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
+            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
+            spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
+        )
+        trainer.train(found, recorder)
     context.progress(plan.total_steps, plan.total_steps, "writing the model")
     if plan.sample_every:
         recorder.show(plan.total_steps)
@@ -176,9 +172,50 @@ def _other_vae(
     return found
 
 
-def _gpu_bytes(device: str) -> int:
-    """All memory of the GPU, 0 for a CPU."""
-    return int(torch.cuda.mem_get_info(device)[1]) if device.startswith("cuda") else 0
+def _trainer(
+    base: BaseModel,
+    pipeline: Any,
+    record: Mapping[str, Any],
+    frozen: dataset.Frozen,
+    device: str,
+    *,
+    crew: Crew,
+    told: Callable[[str], None],
+) -> Trainer:
+    """The trainer of a run, as its run.json says."""
+    plan, inputs = Plan.from_json(record["plan"]), record["inputs"]
+    subjects = sum(not entry.get("prior") for entry in inputs)
+    material = Material(plan, frozen, subjects, base.training.objective(pipeline), device)
+    words = wording(
+        [entry["prompt"] for entry in inputs],
+        subjects,
+        dropout=plan.caption_dropout,
+        shuffle=plan.caption_shuffle,
+        seed=plan.seed,
+    )
+    return Trainer(base, pipeline, material, words, dataset.sizes_told(inputs, plan), crew=crew, told=told)
+
+
+def _task(context: JobContext, place: Place, base: BaseModel) -> dict[str, Any]:
+    """What those who follow need to know; can be pickled."""
+    return {"payload": {**context.payload, "folder": str(place.now())}, "cache": context.cache, "base": base}
+
+
+def follow(crew: Crew, device: str, task: Mapping[str, Any]) -> None:
+    """Do the same steps as the first of the crew, and keep nothing."""
+    quiet_libraries()
+    payload, base = task["payload"], task["base"]
+    context = JobContext(0, "train", payload, device, task["cache"], lambda *_: None, lambda: False, lambda: False)
+    place = Place(Path(payload["folder"]), Path(payload["root"]), payload.get("session"))
+    run = RunFolder(place, str(payload["run"]))
+    record = run.read_record() or {}
+    with _threads_for(base, device):
+        pipeline = base.load_pipeline()
+        _other_vae(context, base, pipeline, record)
+        frozen = begin.thaw(context, place, run, record, pipeline)
+        found = checkpoint.newest(place.now(), run.run, lambda *_: None)
+        trainer = _trainer(base, pipeline, record, frozen, device, crew=crew, told=lambda _line: None)
+        trainer.train(found, Silence())
 
 
 def _clean_up(place: Place, run: RunFolder) -> None:

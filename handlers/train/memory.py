@@ -13,7 +13,7 @@ from typing import Literal
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 
 # Bytes that an optimizer keeps for each trained number.
-_MOMENTS: dict[str, float] = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}
+MOMENTS: dict[str, float] = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}
 # Bytes of activations of a picture of 512 × 512 pixels: all of them, or those between blocks and of the largest block.
 _ACTIVATIONS: dict[str, tuple[float, float]] = {
     "sd1": (3.0e9, 0.8e9),
@@ -24,6 +24,11 @@ _ACTIVATIONS: dict[str, tuple[float, float]] = {
 _CONTEXT = 0.8e9  # CUDA's own, and cuDNN's workspaces
 _USABLE = 0.92  # of a card: the rest is lost between allocations
 GB = 1e9
+
+
+def bytes_named(preset: str) -> int:
+    """Bytes of ``memory: 12GB``; 0 for auto."""
+    return int(preset.removesuffix("GB")) << 30 if preset != "auto" else 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Load:
         half: whether it computes in half precision.
         adapter: whether only an adapter is trained.
         average: whether a moving average is kept.
+        devices: that share the pictures of a step.
     """
 
     family: str
@@ -90,6 +96,7 @@ class Load:
     half: bool
     adapter: bool
     average: bool = False
+    devices: int = 1
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
@@ -97,7 +104,7 @@ class Load:
         # Trained weights are kept in float32; in half precision, autocast adds a copy.
         weights = self.trained * (4.0 + (2.0 if self.half and not self.adapter else 0.0))
         gradients = 0.0 if means.fused_backward else self.trained * 4.0
-        moments = self.trained * _MOMENTS[means.optimizer]
+        moments = self.trained * MOMENTS[means.optimizer]
         average = self.trained * 4.0 if self.average else 0.0
         frozen = self.frozen * a_number
         if means.offload:
@@ -134,10 +141,10 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
     for optimizer in (wanted,) if wanted else order:
         if optimizer not in available:
             continue
-        means: Means | None = Means(load.pictures, optimizer=optimizer)
+        means: Means | None = Means(-(-load.pictures // load.devices), optimizer=optimizer)
         while means:
             yield means
             means = means.less(may_offload=load.adapter)
-    # Fused: no clipping to a norm, no several parts of a step, no loss scaling; only Adafactor limits its steps itself.
+    # Fused: no clipping to a norm, and nothing is added up; of all, Adafactor alone limits its steps itself.
     if load.pictures == 1 and not load.adapter and wanted in (None, "adafactor"):
         yield Means(1, checkpointing=True, optimizer="adafactor", fused_backward=True)

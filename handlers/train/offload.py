@@ -13,7 +13,7 @@ import torch
 
 
 class Offloaded:
-    """A module whose repeated blocks give their frozen parameters away; one of them at a time is whole.
+    """A module whose repeated blocks have given their frozen parameters away; one of them at a time is whole.
 
     Args:
         module: a denoiser of diffusers; its ``_repeated_blocks`` names the classes of blocks.
@@ -30,7 +30,7 @@ class Offloaded:
         names = set(getattr(module, "_repeated_blocks", None) or ())
         self.blocks = [_Block(block, park, fetch, self) for block in module.modules() if type(block).__name__ in names]
         # The block that gradients passed through last stays whole until the next forward pass.
-        self._handle = module.register_forward_pre_hook(lambda *_: self.backward_reaches(None))
+        module.register_forward_pre_hook(lambda *_: self.backward_reaches(None))
         self._in_backward: _Block | None = None
 
     def backward_reaches(self, block: _Block | None) -> None:
@@ -42,12 +42,6 @@ class Offloaded:
     def is_in_backward(self, block: _Block) -> bool:
         """Whether gradients are on their way through a block."""
         return self._in_backward is block
-
-    def remove(self) -> None:
-        """Every block gets its parameters back, for good."""
-        self._handle.remove()
-        for block in self.blocks:
-            block.remove()
 
 
 def to_cpu(module: Any, device: str) -> Offloaded:
@@ -61,7 +55,11 @@ def to_cpu(module: Any, device: str) -> Offloaded:
 
 
 class _Block:
-    """One block: its frozen parameters are there while it computes, and empty otherwise."""
+    """One block: its frozen parameters are there while it computes, and empty otherwise.
+
+    Attributes:
+        is_here: whether they are.
+    """
 
     def __init__(
         self,
@@ -74,26 +72,24 @@ class _Block:
         self._parked = [(each, park(each.data)) for each in block.parameters() if not each.requires_grad]
         self._fetch = fetch
         self._owner = owner
-        self._is_here = True
+        self.is_here = True
         self.leave()
-        self._handles = [
-            block.register_forward_pre_hook(lambda *_: self._come()),
-            block.register_forward_hook(lambda *_: self._leave_after_forward()),
-            block.register_full_backward_pre_hook(lambda *_: self._begin_backward()),
-        ]
+        block.register_forward_pre_hook(lambda *_: self._come())
+        block.register_forward_hook(lambda *_: self._leave_after_forward())
+        block.register_full_backward_pre_hook(lambda *_: self._begin_backward())
 
     def _come(self) -> None:
-        if not self._is_here:
+        if not self.is_here:
             for parameter, parked in self._parked:
                 parameter.data = self._fetch(parked)
-            self._is_here = True
+            self.is_here = True
 
     def leave(self) -> None:
         """The parameters are empty from now on."""
-        if self._is_here:
+        if self.is_here:
             for parameter, parked in self._parked:
                 parameter.data = torch.empty(0, dtype=parked.dtype, device=parameter.device)
-            self._is_here = False
+            self.is_here = False
 
     def _leave_after_forward(self) -> None:
         # Gradient checkpointing runs the forward pass again within the backward pass, which needs the weights next.
@@ -102,10 +98,4 @@ class _Block:
 
     def _begin_backward(self) -> None:
         self._owner.backward_reaches(self)
-        self._come()
-
-    def remove(self) -> None:
-        """The parameters are back, for good."""
-        for handle in self._handles:
-            handle.remove()
         self._come()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from handlers.train.auto import Plan
+from handlers.train.memory import MOMENTS
 from sessions.refusal import Refusal
 
 LARGEST_NORM = 1.0
@@ -17,6 +18,7 @@ Tensors = dict[str, torch.Tensor]
 Groups = Mapping[str, Mapping[str, Any]]
 """Name of what is trained → name → parameter; all names are distinct."""
 
+_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 # Numbers that an optimizer keeps beside tensors are saved as tensors of these names, so that they come back as numbers.
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "int": (int, torch.int64),
@@ -51,6 +53,11 @@ class Updates(Protocol):
         """The inverse of ``tensors``."""
 
 
+def usable_optimizers() -> frozenset[str]:
+    """Those whose packages are installed."""
+    return frozenset(name for name in MOMENTS if find_spec(_PACKAGES.get(name, "torch")) is not None)
+
+
 def make_updates(plan: Plan, groups: Groups, device: str) -> Updates:
     """What a plan's optimizer does to these parameters.
 
@@ -81,20 +88,21 @@ def _maker(name: str) -> Callable[[list[dict[str, Any]]], Any]:
             groups, lr=0.0, weight_decay=WEIGHT_DECAY, scale_parameter=False, relative_step=False
         )
     if name == "prodigy":
-        _require("prodigyopt", name)
+        _require(name)
         from prodigyopt import Prodigy
 
         # As its authors advise for diffusion models; one estimate a group, since UNet and text encoder differ.
         return lambda groups: Prodigy(
             groups, lr=1.0, weight_decay=WEIGHT_DECAY, safeguard_warmup=True, use_bias_correction=True
         )
-    _require("bitsandbytes", name)
+    _require(name)
     from bitsandbytes.optim import AdamW8bit
 
     return lambda groups: AdamW8bit(groups, lr=0.0, weight_decay=WEIGHT_DECAY)
 
 
-def _require(package: str, optimizer: str) -> None:
+def _require(optimizer: str) -> None:
+    package = _PACKAGES[optimizer]
     if find_spec(package) is None:
         raise Refusal(
             "spec",
@@ -239,9 +247,14 @@ def state_tensors(optimizer: Any, parameters: Mapping[str, Any]) -> Tensors:
     Numbers become tensors, with their type in the name: ``unet.conv_in.weight.step#int``, ``group.unet.d#float``.
     """
     found: Tensors = {}
+    seen: set[int] = set()
     for name, parameter in _own(optimizer, parameters).items():
         for key, value in optimizer.state[parameter].items():
-            found |= _saved(f"{name}.{key}", value)
+            # bitsandbytes gives all parameters one and the same map, and a safetensors file may hold no tensor twice.
+            is_shared = isinstance(value, torch.Tensor) and value.data_ptr() in seen
+            found |= _saved(f"{name}.{key}", value.clone() if is_shared else value)
+            if isinstance(value, torch.Tensor):
+                seen.add(value.data_ptr())
     for group in optimizer.param_groups:
         for key, value in group.items():
             if key not in ("params", "part", "lr"):

@@ -6,11 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
 
 from handlers.context import JobContext, Stopping
+from handlers.out_of_memory import is_out_of_memory
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
 from handlers.train.intermediate import Keeper
@@ -21,6 +23,32 @@ from sessions.layout import PREVIEWS
 
 _FLUSH_SECONDS = 5.0
 _CHART_SECONDS = 30.0
+
+
+class Notes(Protocol):
+    """What a training tells of its steps."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """A step was done; tensors of earlier stages are what a checkpoint needs too."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Keep a checkpoint."""
+
+    def stop_if_wished(self) -> None:
+        """Raise ``Stopping`` if the daemon stops."""
+
+
+class Silence:
+    """Notes of one who follows: the first of the crew takes them."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def stop_if_wished(self) -> None:
+        """Never: the first one's end is everybody's."""
 
 
 class Recorder:
@@ -150,8 +178,14 @@ class Recorder:
         self._saved = self._flushed = time.monotonic()
 
     def show(self, total: int) -> None:
-        """Draw samples and the loss curve into previews/."""
-        pictures = self._draw()
+        """Draw samples and the loss curve into previews/; where memory does not suffice, samples are left out."""
+        try:
+            pictures = self._draw()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._run.log(f"no samples at step {total}: memory ran out while they were drawn")
+            pictures = []
         if pictures:
             prompts = self._plan.prompts
             shown = [prompts[index % len(prompts)] for index in range(len(pictures))]

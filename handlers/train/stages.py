@@ -8,7 +8,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,15 @@ from handlers.train import loop, randomness, sampler
 from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
+from handlers.train.crew import Crew
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.fitting import Fitting
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
-from handlers.train.recorder import Recorder
+from handlers.train.recorder import Notes
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
+from handlers.train.wording import Wording
 
 _TITLES = {"finetune": "fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 
@@ -37,8 +39,9 @@ class Trainer:
         base: where fresh denoisers come from.
         pipeline: VAE, text encoders, tokenizers and scheduler of the base; text encoders are trained in place.
         material: plan, pictures and noise schedule.
-        prompts: one a picture.
+        words: what the pictures are told.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        crew: those who share the steps.
         told: told in a line of what people may want to know.
     """
 
@@ -47,13 +50,15 @@ class Trainer:
         base: BaseModel,
         pipeline: Any,
         material: Material,
-        prompts: Sequence[str],
+        words: Wording,
         sizes: torch.Tensor,
         *,
+        crew: Crew,
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
         self._average: Average | None = None
+        self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
@@ -64,9 +69,10 @@ class Trainer:
         self._material = material
         self._plan = material.plan
         self._device = material.device
-        self._tokens = self._family.tokens(pipeline, prompts)
+        self._words = words
+        self._tokens = self._family.tokens(pipeline, words.texts)
 
-    def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
@@ -92,7 +98,7 @@ class Trainer:
                 encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -106,12 +112,12 @@ class Trainer:
             dict.fromkeys(trained, Rate(plan.text_encoder_rate, plan.text_encoder_steps)),
             self.denoiser,
             trained,
-            self._condition_anew,
+            lambda step, chosen: self._condition_anew(1, step, chosen),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         embedded = self._embed_all()
@@ -124,11 +130,11 @@ class Trainer:
             {self._family.denoiser: Rate(plan.unet_rate, plan.unet_steps)},
             self.denoiser,
             {self._family.denoiser: Whole(self.denoiser)},
-            lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
+            lambda step, chosen: self._condition(embedded, step, chosen),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
@@ -145,9 +151,9 @@ class Trainer:
             {name: unet_rate if name == self._family.denoiser else encoder_rate for name in modules},
             self.denoiser,
             trained,
-            self._condition_anew
-            if embedded is None
-            else lambda chosen: self._family.condition(embedded.of(chosen), self._sizes[chosen]),
+            lambda step, chosen: (
+                self._condition_anew(2, step, chosen) if embedded is None else self._condition(embedded, step, chosen)
+            ),
         )
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
@@ -168,9 +174,15 @@ class Trainer:
             seed=randomness.number(plan.seed, 2, 0, f"adapter of {name}"),
         )
 
-    def _condition_anew(self, chosen: list[int]) -> dict[str, Any]:
+    def _condition(self, embedded: Embedded, step: int, chosen: list[int]) -> dict[str, Any]:
+        """What the denoiser is told in stage 2, by text encoders that have spoken."""
+        rows = self._words.of(2, step, chosen)
+        return self._family.condition(embedded.of(rows), self._sizes[chosen])
+
+    def _condition_anew(self, stage: int, step: int, chosen: list[int]) -> dict[str, Any]:
         """What the denoiser is told by text encoders that are trained."""
-        tokens = {name: ids[chosen].to(self._device) for name, ids in self._tokens.items()}
+        rows = self._words.of(stage, step, chosen)
+        tokens = {name: ids[rows].to(self._device) for name, ids in self._tokens.items()}
         embedded = self._family.embed(self._pipeline, tokens)
         return self._family.condition(embedded, self._sizes[chosen])
 
@@ -203,10 +215,10 @@ class Trainer:
             updates=updates,
             fitting=fitting,
             average=self._average,
+            crew=self._crew,
             after_step=after_step,
         )
         self._average = None  # it has taken the parameters' place
-        fitting.close()
 
     @contextmanager
     def result(self) -> Iterator[None]:
@@ -225,7 +237,7 @@ class Trainer:
         with torch.no_grad():
             parts = [
                 self._family.embed(self._pipeline, {name: ids[row : row + 1] for name, ids in tokens.items()})
-                for row in range(len(self._sizes))
+                for row in range(len(self._words.texts))
             ]
         for encoder in self._encoders.values():
             encoder.to("cpu")

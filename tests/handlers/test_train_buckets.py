@@ -243,7 +243,7 @@ class Echo:
 def material_of(frozen: dataset.Frozen, subjects: int, text: str) -> tuple[loop.Stage, Material, Echo]:
     plan = make_plan(parse_spec(text), MINIATURE, [{"source": "a.png"}] * 3, "abcd1234", "fp32")
     echo = Echo()
-    stage = loop.Stage(2, "UNet", 0, 8, {}, echo, {}, lambda _chosen: {})
+    stage = loop.Stage(2, "UNet", 0, 8, {}, echo, {}, lambda _step, _chosen: {})
     return stage, Material(plan, frozen, subjects, Denoising(SCHEDULER, 0.18), "cpu"), echo
 
 

@@ -112,7 +112,7 @@ def test_the_loss_is_that_of_the_subject_and_the_weighed_one_of_the_class() -> N
     frozen = Frozen([torch.zeros(4, 2, 2)] * 7, [torch.zeros(4, 2, 2)] * 7)
     seen: list[int] = []
 
-    def condition(chosen: list[int]) -> dict[str, Any]:
+    def condition(_step: int, chosen: list[int]) -> dict[str, Any]:
         seen.extend(chosen)
         return {"encoder_hidden_states": torch.zeros(len(chosen), 1, 1)}
 

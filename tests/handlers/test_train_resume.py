@@ -233,3 +233,19 @@ def test_methods_of_one_stage_end_the_same_when_killed(
     assert run_child(server, payload_of(killed, spec), cache, 7) == [3, 4, 5, 6, 7]
     assert run_child(server, payload_of(killed, spec), cache, None) == [7, 8]
     assert finished(killed) == finished(whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor", "prodigy"])
+def test_every_optimizer_and_the_average_end_the_same_when_killed(
+    optimizer: str, server: ForkServerContext, cache: Path, tmp_path: Path
+) -> None:
+    """Words that come and go, an average, and the optimizer's own memory: the same bytes, killed or not."""
+    spec = f"{SPEC}optimizer: {optimizer}\nema: true\ncaption_dropout: 0.3\n"
+    whole = make_session(tmp_path / "a" / "Sessions" / "dog")
+    assert run_child(server, payload_of(whole, spec), cache, None) == list(range(1, TOTAL + 1))
+    killed = make_session(tmp_path / "b" / "Sessions" / "dog")
+    payload = payload_of(killed, spec)
+    assert run_child(server, payload, cache, 5) == [1, 2, 3, 4, 5]
+    assert run_child(server, payload, cache, 11)[-1] == 11
+    assert run_child(server, payload, cache, None) == [11, 12, 13, 14]
+    assert finished(killed) == finished(whole)

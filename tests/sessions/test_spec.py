@@ -119,7 +119,6 @@ def test_other_lines_at_fault_are_named_too() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "memory: 24GB",
         "base: flux-dev",
     ],
 )
