@@ -23,6 +23,7 @@ __all__ = ["SPEC_NAMES", "TrainSpec", "json_schema", "parse_spec"]
 Auto = Literal["auto"]
 PER_IMAGE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*/\s*(?:image|picture)\s*$")
 _EVERY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*$")
+_OUTSIDE = re.compile(r"://|\\|^/|^~|^[A-Za-z]:|(^|/)\.\.(/|$)")
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 # Base names the registry knows → side lengths (pixels) that its architecture was made for.
@@ -156,14 +157,15 @@ class TrainSpec(_Section):
     offset_noise: Auto | Annotated[float, Field(ge=0, le=1)] = Field("auto", description="auto or a number from 0 to 1")
     min_snr: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="null or a number like 5")
     ema: bool = Field(default=False, description="true or false")
-    vae: Token = Field("auto", description="auto or a name under Models/")
+    vae: Token = Field("auto", description="auto, a name of `fastsd models list`, or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")
-    save_every: Count = Field(0, description="a number of steps, or 0 for none")
-    save_from: Count = Field(0, description="a number of steps")
+    validation: Auto | Count = Field("auto", description="auto, a number of pictures to hold out, or 0 for none")
+    save_every: Count = Field(0, description="a number of unet steps, or 0 for none")
+    save_from: Count = Field(0, description="the unet step of the first intermediate model; 0: save_every")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")
     continue_: Annotated[str, Field(max_length=255)] | None = Field(
-        None, alias="continue", description="null, last, or the name of a run"
+        None, alias="continue", description="null, last, or the name of a run or of a model of one"
     )
     publish: bool = Field(default=True, description="true or false")
     name: Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[^/\\\x00-\x1f]+$")] | None = Field(
@@ -195,6 +197,14 @@ def seconds_of(value: int | str) -> float | None:
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
+def kept_steps(save_every: int, save_from: int, unet_steps: int) -> range:
+    """The steps of stage 2 after which an intermediate model is kept; that of the last step is the result.
+
+    As in fast-stable-diffusion: the first at ``save_from``, then every ``save_every``.
+    """
+    return range(save_from or save_every, unet_steps, save_every) if save_every else range(0)
+
+
 def parse_spec(text: str) -> TrainSpec:
     """Read the text of a ``train.yaml``. An empty file, or one of comments alone, is the defaults.
 
@@ -207,7 +217,6 @@ def parse_spec(text: str) -> TrainSpec:
     except ValidationError as error:
         raise _refusal(error, lines) from None
     _refuse_combinations(spec, lines)
-    _refuse_what_comes_later(spec, lines)
     return spec
 
 
@@ -293,13 +302,14 @@ def _bad_value(key: tuple[str, ...], lines: Lines) -> tuple[str, str]:
 
 
 def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
-    if re.search(r"://|\\|^/|^~|^[A-Za-z]:|(^|/)\.\.(/|$)", spec.base):
-        raise Refusal(
-            "spec",
-            f"base: {spec.base} points outside of the tree.",
-            "Put the file or folder under Models/ and write its name.",
-            lines.of("base"),
-        )
+    for key, name in (("base", spec.base), ("vae", spec.vae)):
+        if _OUTSIDE.search(name):
+            raise Refusal(
+                "spec",
+                f"{key}: {name} points outside of the tree.",
+                "Put the file or folder under Models/ and write its name.",
+                lines.of(key),
+            )
     smallest, largest = RESOLUTIONS.get(spec.base, (64, 2048))
     if isinstance(spec.resolution, int) and not smallest <= spec.resolution <= largest:
         raise Refusal(
@@ -339,6 +349,40 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "With text_encoder.steps and unet.steps both 0 there is nothing to train.",
             "Give one of them steps, or leave them out.",
             lines.of("unet", "steps"),
+        )
+    _refuse_keeping_nothing(spec, lines)
+
+
+def _refuse_keeping_nothing(spec: TrainSpec, lines: Lines) -> None:
+    if spec.save_from and not spec.save_every:
+        raise Refusal(
+            "spec",
+            f"save_from: {spec.save_from} says from when on intermediate models are kept, and save_every keeps none.",
+            "Write a number of steps for save_every, or leave save_from out.",
+            lines.of("save_from"),
+        )
+    if isinstance(spec.unet.steps, int):
+        require_kept(spec, spec.unet.steps, lines.of("save_from" if spec.save_from else "save_every"))
+
+
+def require_kept(spec: TrainSpec, unet_steps: int, line: int | None = None) -> None:
+    """Refuse to keep intermediate models of a run that ends before the first of them.
+
+    Args:
+        spec: the train.yaml.
+        unet_steps: what its run has.
+        line: of the key at fault, where it is known.
+
+    Raises:
+        Refusal: code ``spec``.
+    """
+    if spec.save_every and not kept_steps(spec.save_every, spec.save_from, unet_steps):
+        first = spec.save_from or spec.save_every
+        raise Refusal(
+            "spec",
+            f"The first intermediate model would be that of step {first}, and the run has {unet_steps} unet steps.",
+            f"Write a {'save_from' if spec.save_from else 'save_every'} below {unet_steps}, or leave it out.",
+            line,
         )
 
 
@@ -384,14 +428,3 @@ def flux_problem(spec: TrainSpec, method: str, base: str) -> Problem | None:
             "Leave offset_noise out.",
         )
     return None
-
-
-def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
-    """Keys that the design has and this version does not do: refused, so that nobody believes that they worked."""
-    later = [
-        (spec.vae != "auto", ("vae",), "another VAE", "Use auto: the base's own."),
-        (spec.save_every > 0, ("save_every",), "intermediate models", "Leave save_every out."),
-    ]
-    for asked, key, name, advice in later:
-        if asked:
-            raise Refusal("spec", f"{name} comes with a later version of fastsd.", advice, lines.of(*key))

@@ -9,6 +9,9 @@ SEGMENT = "segment"
 """The kind of a salient-object network: one ONNX file (``segments``)."""
 # The exports that most programs use; their hashes are those that many projects pin, each with the same size.
 _SEGMENTS = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"
+LOGIN_VARIABLE = "HF_TOKEN"
+"""The environment variable that carries the hub's token; it is never asked for in a file of the tree."""
+LOGIN_PAGE = "https://huggingface.co/settings/tokens"
 GIB = 1024**3
 
 
@@ -18,7 +21,7 @@ class Entry:
 
     Attributes:
         name, family, kind, resolution: as in ``registry.Model``.
-        prediction: epsilon, v or flow; "" for a captioner, a search model or a segment network.
+        prediction: epsilon, v or flow; "" for what does not draw by itself.
         origin: the hub id, the https address of the one file, or ``BUILT_IN``.
         bytes: the size of its download, roughly.
         index: the file that stands for the whole download.
@@ -39,6 +42,11 @@ class Entry:
     single: tuple[str, str] | None = None
     licence: str = "Apache-2.0"
     gated: bool = False
+
+    @property
+    def page(self) -> str:
+        """The address of its page, where a gated model's licence is accepted; "" for what is not on the hub."""
+        return "" if self.origin == BUILT_IN or "://" in self.origin else f"https://huggingface.co/{self.origin}"
 
 
 _SD = ("unet", "vae", "text_encoder")
@@ -137,6 +145,30 @@ _TABLE = (
         parts=_FLUX,
         single=("flux1-schnell.safetensors", "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a"),
         licence="Apache-2.0",
+    ),
+    Entry(
+        "sd-vae-ft-mse",
+        "sd1",
+        "vae",
+        0,
+        "",
+        "stabilityai/sd-vae-ft-mse",
+        int(0.3 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+    Entry(
+        "sdxl-vae-fp16-fix",
+        "sdxl",
+        "vae",
+        0,
+        "",
+        "madebyollin/sdxl-vae-fp16-fix",
+        int(0.6 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
     ),
     Entry(
         "kosmos-2",

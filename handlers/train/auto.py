@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
+from handlers.train.holdout import how_many
 from handlers.train.memory import Means, Optimizer
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
-from sessions.spec import RESOLUTIONS, TrainSpec, flux_problem, seconds_of, steps_of
+from sessions.spec import RESOLUTIONS, TrainSpec, flux_problem, kept_steps, require_kept, seconds_of, steps_of
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -129,9 +130,12 @@ class Plan:
         buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
+        validation: pictures that are held out.
         ema: whether the result is a moving average.
         optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a
             whole step.
+        save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
+        vae: the name of a VAE in place of the base's; ``auto``: the base's.
     """
 
     base: str
@@ -165,6 +169,7 @@ class Plan:
     lora_alpha: float = 16
     caption_dropout: float = 0.0
     caption_shuffle: bool = False
+    validation: int = 0
     ema: bool = False
     optimizer: Optimizer = "adamw"
     at_once: int = 0
@@ -172,6 +177,14 @@ class Plan:
     quantised: bool = False
     offload: bool = False
     fused_backward: bool = False
+    save_every: int = 0
+    save_from: int = 0
+    vae: str = "auto"
+
+    @property
+    def kept_steps(self) -> range:
+        """The steps of stage 2 after which an intermediate model is kept."""
+        return kept_steps(self.save_every, self.save_from, self.unet_steps)
 
     @property
     def pictures_a_step(self) -> int:
@@ -260,10 +273,12 @@ def make_plan(
     resolution = _RESOLUTION.get(base.size_class, base.resolution) if spec.resolution == "auto" else spec.resolution
     _check_resolution(base, resolution)
     instance = instance_token([str(picture["source"]) for picture in pictures], session)
-    count = len(pictures)
+    held_out = how_many(spec.validation, len(pictures), spec.instance)
+    count = len(pictures) - held_out
     text_encoder_steps = steps_of(spec.text_encoder.steps, count)
     unet_steps = steps_of(spec.unet.steps, count)
     unet_steps = unet.steps(count) if unet_steps is None else unet_steps
+    require_kept(spec, unet_steps)
     every = spec.checkpoint_every
     return Plan(
         base=base.name,
@@ -297,8 +312,12 @@ def make_plan(
         lora_alpha=spec.lora.alpha,
         caption_dropout=spec.caption_dropout,
         caption_shuffle=spec.caption_shuffle,
+        validation=held_out,
         ema=spec.ema,
         optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
+        save_every=spec.save_every,
+        save_from=spec.save_from,
+        vae=spec.vae,
     )
 
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
-from handlers.train import dataset, prior, room, sampler
+from handlers.train import dataset, holdout, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
+from handlers.train.decided import decided
 from handlers.train.families import Embedded
 from handlers.train.fresh import fresh_denoiser
 from handlers.train.further import as_before, plan_of_run
@@ -28,9 +29,18 @@ from sessions.spec import TrainSpec
 
 
 def prepare(
-    context: JobContext, place: Place, run: RunFolder, base: BaseModel, pipeline: Any
+    context: JobContext,
+    place: Place,
+    run: RunFolder,
+    base: BaseModel,
+    pipeline: Any,
+    *,
+    vae: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], dataset.Frozen]:
-    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
+    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``.
+
+    ``vae`` is what ``vae.put_in`` says of the one in the pipeline; None where that is the base's.
+    """
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
     if continued := payload.get("continued"):
@@ -50,14 +60,19 @@ def prepare(
     dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
-    sources = [str(picture["source"]) for picture in rendered.pictures]
+    trained, held_out = holdout.split(rendered.pictures, plan.validation, plan.seed)
+    sources = [str(picture["source"]) for picture in trained]
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
-    plan = room.fitted(plan, spec, base, context.device)
+    plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
-    images = [*rendered.images, *of_class.images]
+    image_of = {
+        str(picture["source"]): image for picture, image in zip(rendered.pictures, rendered.images, strict=True)
+    }
+    images = [*map(image_of.__getitem__, sources), *of_class.images]
+    images += [image_of[str(picture["source"])] for picture in held_out]
     encoded = dataset.encode(
         images,
         pipeline.vae,
@@ -67,7 +82,7 @@ def prepare(
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
     folder = place.now()
-    counts = bucket_counts(rendered.pictures)
+    counts = bucket_counts(trained)
     record = {
         "name": payload.get("name"),
         "session": payload.get("session"),
@@ -78,23 +93,37 @@ def prepare(
         "plan": plan.to_json(),
         "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
+        **({"vae": dict(vae)} if vae else {}),
         "inputs": [
-            *(_input(picture, plan, folder) for picture in rendered.pictures),
+            *(_input(picture, plan, folder) for picture in trained),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
+            *({**_input(picture, plan, folder), "held_out": True} for picture in held_out),
         ],
         "left_out": [
             {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
         ],
         **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
+        "decided": decided(payload["spec"], plan, len(trained)),
     }
     run.write_record(record)
+    for line in record["decided"]:
+        run.log(f"auto: {line}")
     run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)
+    if held_out:
+        names = ", ".join(entry["source"] for entry in record["inputs"] if entry.get("held_out"))
+        run.log(f"held out, not trained on: {names}")
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
+
+
+def devices_of(context: JobContext, plan: Plan) -> list[str]:
+    """The devices that share a run: this worker's, and others where ``gpus: all`` is set, one a picture of a step."""
+    given = [str(device) for device in context.payload.get("devices") or ()]
+    return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
 
 
 def _class_pictures(

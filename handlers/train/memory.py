@@ -90,6 +90,7 @@ class Load:
         adapter: whether only an adapter is trained.
         average: whether a moving average is kept.
         quantises: whether the frozen base can be held in 4 bits.
+        devices: that share the pictures of a step.
     """
 
     family: str
@@ -102,6 +103,7 @@ class Load:
     adapter: bool
     average: bool = False
     quantises: bool = False
+    devices: int = 1
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
@@ -147,15 +149,16 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
     for optimizer in (wanted,) if wanted else order:
         if optimizer not in available:
             continue
-        means: Means | None = Means(load.pictures, optimizer=optimizer)
+        first = Means(-(-load.pictures // load.devices), optimizer=optimizer)
+        means: Means | None = first
         # 4 bits cost a little exactness, and save more time than a base that comes and goes.
         while means and not (load.quantises and means.offload):
             yield means
             means = means.less(may_offload=load.adapter)
-        means = Means(load.pictures, quantised=True, optimizer=optimizer) if load.quantises else None
+        means = replace(first, quantised=True) if load.quantises else None
         while means:
             yield means
             means = means.less(may_offload=load.adapter)
-    # Fused: no clipping to a norm, no several parts of a step, no loss scaling; only Adafactor limits its steps itself.
+    # Fused: no clipping to a norm, and nothing is added up; of all, Adafactor alone limits its steps itself.
     if load.pictures == 1 and not load.adapter and wanted in (None, "adafactor"):
         yield Means(1, checkpointing=True, optimizer="adafactor", fused_backward=True)

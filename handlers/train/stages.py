@@ -19,13 +19,14 @@ from handlers.train import loop, randomness, sampler
 from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
+from handlers.train.crew import Crew
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.fitting import Fitting
 from handlers.train.fresh import DTYPES, fresh_denoiser
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
-from handlers.train.recorder import Recorder
+from handlers.train.recorder import Notes
 from handlers.train.speaking import speak
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 from handlers.train.wording import Wording
@@ -42,6 +43,7 @@ class Trainer:
         material: plan, pictures and noise schedule.
         words: what the pictures are told.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        crew: those who share the steps.
         told: told in a line of what people may want to know.
     """
 
@@ -53,10 +55,12 @@ class Trainer:
         words: Wording,
         sizes: torch.Tensor,
         *,
+        crew: Crew,
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
         self._average: Average | None = None
+        self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
@@ -71,7 +75,7 @@ class Trainer:
         self._tokens = self._family.tokens(pipeline, words.texts)
         self._spoken: dict[str, Embedded] = {}
 
-    def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
@@ -97,7 +101,7 @@ class Trainer:
                 encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -116,7 +120,7 @@ class Trainer:
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         embedded = self._embed_all()
         self.denoiser = self._base.load_denoiser()
@@ -133,7 +137,7 @@ class Trainer:
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         # Text encoders that stay as they are speak before the denoiser takes their place.
@@ -155,8 +159,8 @@ class Trainer:
                 self._condition_anew(2, step, chosen) if embedded is None else self._condition(embedded, step, chosen)
             ),
         )
-        self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
+        self._run(stage, found, lambda done: recorder.after_step(done, {}))
 
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
@@ -214,6 +218,7 @@ class Trainer:
             updates=updates,
             fitting=fitting,
             average=self._average,
+            crew=self._crew,
             after_step=after_step,
         )
         self._average = None  # it has taken the parameters' place
