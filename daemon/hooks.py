@@ -51,6 +51,7 @@ class TreeHooks(Hooks):
         self._make_room = make_room
         self._ended = ended
         self._display = display
+        self._told_decided: set[int] = set()
         self._on_kept = kept
         self._kept: dict[int, int] = {}
 
@@ -82,7 +83,12 @@ class TreeHooks(Hooks):
             await self._make_room()
 
     def on_progress(self, job: Job, progress: Mapping[str, Any]) -> None:
-        """Show how far a job is."""
+        """Show how far a job is; of a training first what was decided for it."""
+        decided = (progress.get("facts") or {}).get("decided")
+        if decided and job.id not in self._told_decided:
+            self._told_decided.add(job.id)
+            for line in decided:
+                log.info("%s, decided: %s", job.subject, line)
         self._display.show(job.id, job.kind, job.subject, progress)
         count = int((progress.get("facts") or {}).get("kept") or 0)
         if count > self._kept.get(job.id, 0):
@@ -93,6 +99,7 @@ class TreeHooks(Hooks):
     async def on_outcome(self, job: Job, outcome: Outcome) -> None:
         """Write into the session what became of a job."""
         self._display.end(job.id)
+        self._told_decided.discard(job.id)
         self._kept.pop(job.id, None)
         log.log(
             logging.WARNING if outcome.state in ("failed", "refused") else logging.INFO,

@@ -19,7 +19,7 @@ from daemon.session import Session
 from daemon.sheet import KIND as SHEET
 from sessions import layout
 from sessions.files import write_text
-from sessions.status import SessionStatus, duration, render, same_but_time, size
+from sessions.status import SessionStatus, duration, held_out, pace, render, same_but_time, size
 
 log = logging.getLogger(__name__)
 STALE_AFTER = timedelta(minutes=10)
@@ -79,6 +79,7 @@ def describe_session(
         for job in jobs
         if job.state == "failed" and job.subject not in told
     ]
+    facts = next((job.progress.get("facts") or {} for job in running if job.kind == "train"), {})
     extra = [*notes, *notes_on(session)]
     if others:
         shown = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
@@ -95,6 +96,8 @@ def describe_session(
         trouble=trouble,
         hints=plan.hints,
         notes=extra,
+        run=[line for line in (", ".join(pace(facts)), held_out(facts)) if line],
+        decided=[str(line) for line in facts.get("decided") or ()],
     )
 
 
@@ -209,6 +212,8 @@ def session_json(session: Session, status: SessionStatus) -> dict[str, Any]:
         "id": session.id,
         "folder": os.fspath(session.folder),
         "state": status.state,
+        "run": list(status.run),
+        "decided": list(status.decided),
         "pictures": status.pictures,
         "cropped": status.cropped,
         "captioned": status.captioned,

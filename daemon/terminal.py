@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from sessions.status import duration, pace
+
 
 class ProgressDisplay(Protocol):
     """Shows how far jobs are."""
@@ -67,7 +69,7 @@ class Bars:
     def show(self, job: int, kind: str, subject: str, progress: Mapping[str, Any]) -> None:
         """Move the bar of a job."""
         total = float(progress.get("total") or 0) or None
-        words = " · ".join(word for word in (subject, str(progress.get("note") or "")) if word)
+        words = bar_words(subject, progress)
         if job not in self._tasks:
             self._tasks[job] = self._progress.add_task(words, total=total, kind=kind)
         done = float(progress.get("done") or 0)
@@ -88,6 +90,22 @@ class Bars:
     def close(self) -> None:
         """Take all bars away."""
         self._progress.stop()
+
+
+def bar_words(subject: str, progress: Mapping[str, Any]) -> str:
+    """What stands beside a bar."""
+    words = (subject, str(progress.get("note") or ""), *_figures(progress))
+    return " · ".join(word for word in words if word)
+
+
+def _figures(progress: Mapping[str, Any]) -> list[str]:
+    """How a training goes: steps, loss, time left, seconds a step, memory."""
+    facts = progress.get("facts") or {}
+    if "loss" not in facts:
+        return []
+    figures = [f"{progress['done']:,.0f}/{progress['total']:,.0f}", f"loss {facts['loss']:.4f}"]
+    figures += [f"{duration(facts['eta'])} left"] if "eta" in facts else []
+    return figures + pace(facts)
 
 
 def display_for_terminal() -> ProgressDisplay:

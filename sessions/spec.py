@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -34,10 +35,12 @@ RESOLUTIONS: dict[str, tuple[int, int]] = {
     "sd21": (256, 768),
     "sd21-768": (512, 1024),
     "sdxl": (512, 1536),
+    "flux-dev": (256, 1536),
+    "flux-schnell": (256, 1536),
 }
 # GB of GPU memory without which all of a base cannot be trained, by the smallest of the presets.
 _LEAST_MEMORY = {"sd21-768": 12, "sdxl": 24}
-_LATER_BASES = ("flux-dev", "flux-schnell")
+FLUX = ("flux-dev", "flux-schnell")
 
 
 def _steps(value: object) -> object:
@@ -94,6 +97,9 @@ class LoraSpec(_Section):
 
     rank: int = Field(16, ge=1, le=1024, description="a whole number from 1 to 1024")
     alpha: float = Field(16, gt=0, allow_inf_nan=False, description="a number above 0")
+    convolutions: Auto | bool = Field(
+        "auto", description="auto, true or false: whether the UNet's convolutions learn, too"
+    )
 
 
 class PriorSpec(_Section):
@@ -113,7 +119,7 @@ class TrainSpec(_Section):
         "auto",
         min_length=1,
         max_length=255,
-        description="auto, miniature, sd15, sd21, sd21-768, sdxl, or a name under Models/",
+        description="auto, miniature, sd15, sd21, sd21-768, sdxl, flux-dev, flux-schnell, or a name under Models/",
     )
     method: Auto | Literal["dreambooth", "finetune", "lora", "dora"] = Field(
         "auto", description="auto, dreambooth, finetune, lora or dora"
@@ -157,6 +163,7 @@ class TrainSpec(_Section):
     vae: Token = Field("auto", description="auto, a name of `fastsd models list`, or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")
+    validation: Auto | Count = Field("auto", description="auto, a number of pictures to hold out, or 0 for none")
     save_every: Count = Field(0, description="a number of unet steps, or 0 for none")
     save_from: Count = Field(0, description="the unet step of the first intermediate model; 0: save_every")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")
@@ -213,7 +220,6 @@ def parse_spec(text: str) -> TrainSpec:
     except ValidationError as error:
         raise _refusal(error, lines) from None
     _refuse_combinations(spec, lines)
-    _refuse_what_comes_later(spec, lines)
     return spec
 
 
@@ -330,6 +336,9 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "Use method: lora.",
             lines.of("memory"),
         )
+    problem = flux_problem(spec, spec.method, spec.base) if spec.base in FLUX else None
+    if problem:
+        raise Refusal("spec", problem.what, problem.advice, lines.of(*problem.key))
     if spec.continue_ is not None and spec.base != "auto":
         raise Refusal(
             "spec",
@@ -380,16 +389,45 @@ def require_kept(spec: TrainSpec, unet_steps: int, line: int | None = None) -> N
         )
 
 
-def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
-    """Keys that the design has and this version does not do: refused, so that nobody believes that they worked."""
-    later = [
-        (
-            spec.base in _LATER_BASES,
-            ("base",),
-            f"base: {spec.base}",
-            "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
-        ),
-    ]
-    for asked, key, name, advice in later:
-        if asked:
-            raise Refusal("spec", f"{name} comes with a later version of fastsd.", advice, lines.of(*key))
+@dataclass(frozen=True)
+class Problem:
+    """Something that cannot be: the key at fault, what is wrong, and what to write instead."""
+
+    key: tuple[str, ...]
+    what: str
+    advice: str
+
+
+def flux_problem(spec: TrainSpec, method: str, base: str) -> Problem | None:
+    """What a train.yaml asks of a Flux base that it does not do; None where nothing.
+
+    Args:
+        spec: the file.
+        method: as written, or what ``auto`` means.
+        base: the base's name.
+    """
+    if method in ("dreambooth", "finetune"):
+        return Problem(
+            ("method",),
+            f"All of {base} cannot be trained: 12 billion numbers, their gradients and moments fit no single GPU.",
+            "Use method: lora, or dora.",
+        )
+    if spec.text_encoder.steps not in ("auto", 0):
+        return Problem(
+            ("text_encoder", "steps"),
+            f"The text encoders of {base} are not trained.",
+            "Leave text_encoder out, or write steps: 0.",
+        )
+    if spec.min_snr is not None:
+        return Problem(
+            ("min_snr",),
+            f"min_snr weighs the noise schedules of Stable Diffusion; {base} learns a flow, which has none.",
+            "Leave min_snr out.",
+        )
+    if spec.offset_noise not in ("auto", 0):
+        return Problem(
+            ("offset_noise",),
+            f"offset_noise mends schedules that never come to pure noise; {base} learns a flow, which does.",
+            "Leave offset_noise out.",
+        )
+    return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 _WIDTH = 11
 _LISTED = 8
@@ -17,6 +18,8 @@ class SessionStatus:
     Attributes:
         name: the session's name.
         state: one line: what happens now, or what it waits for.
+        run: of a training that runs: seconds a step, memory, loss of held-out pictures.
+        decided: of a training that runs: what ``auto`` became.
         pictures: pictures there are.
         cropped: of these, how many have their crop.
         captioned: of these, how many have a caption, theirs or ours.
@@ -37,6 +40,8 @@ class SessionStatus:
     trouble: Sequence[str] = ()
     hints: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    run: Sequence[str] = ()
+    decided: Sequence[str] = ()
 
 
 def render(status: SessionStatus, now: datetime, stale_after: timedelta) -> str:
@@ -49,6 +54,8 @@ def render(status: SessionStatus, now: datetime, stale_after: timedelta) -> str:
     """
     lines = [f"fastsd · {status.name}", ""]
     lines += _block("State", [status.state])
+    lines += _block("Run", status.run)
+    lines += _block("Decided", status.decided)
     pictures = f"{status.pictures}: {status.cropped} cropped, {status.captioned} captioned"
     lines += _block("Pictures", [pictures if status.pictures else "none yet: drop some here"])
     lines += _block("Waits for", status.waits)
@@ -72,6 +79,24 @@ def _block(label: str, entries: Sequence[str]) -> list[str]:
     if len(entries) > _LISTED:
         shown.append(f"… and {len(entries) - _LISTED} more")
     return [f"{label if number == 0 else '':<{_WIDTH}}{entry}" for number, entry in enumerate(shown)]
+
+
+def pace(facts: Mapping[str, Any]) -> list[str]:
+    """How a training goes, from the facts that it reports: "0.62 s a step", "7.1 GB of GPU memory"."""
+    said = []
+    if isinstance(seconds := facts.get("seconds_per_step"), int | float):
+        said.append(f"{seconds:.3g} s a step" if seconds < 100 else f"{duration(seconds)} a step")
+    if facts.get("gpu_memory"):
+        said.append(f"{size(facts['gpu_memory'])} of GPU memory")
+    elif facts.get("memory"):
+        said.append(f"{size(facts['memory'])} of memory")
+    return said
+
+
+def held_out(facts: Mapping[str, Any]) -> str:
+    """The loss of the pictures that were held out; empty where none were or none is known yet."""
+    loss = facts.get("validation_loss")
+    return f"held-out pictures: loss {loss:.4f} at step {facts.get('validation_step', 0):,}" if loss is not None else ""
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.context import Waiting
-from handlers.models import registry
+from handlers.models import catalogue, registry
 from handlers.models.catalogue import Entry
 from sessions import files
 from sessions.refusal import Refusal
@@ -86,11 +86,7 @@ def fetch(entry: Entry, folder: Path, progress: Callable[[float, float], None], 
         needed.sort(key=lambda file: file.path == entry.index)
         _fetch_all(entry, folder, needed, progress, revision=about.sha, endpoint=endpoint)
     except GatedRepoError:
-        reason = (
-            f"{entry.name} is given out only after its licence ({entry.licence}) is accepted: "
-            f"do so on the page of {entry.origin}, make a token there, and set HF_TOKEN."
-        )
-        raise Waiting(reason, retry_after=600.0) from None
+        raise Waiting(_gated(entry), retry_after=600.0) from None
     except RepositoryNotFoundError:
         raise Waiting(f"The hub has no {entry.origin} any more, or hides it from this token.", 600.0) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
@@ -106,6 +102,17 @@ def fetch(entry: Entry, folder: Path, progress: Callable[[float, float], None], 
             "download", f"The hub's copy of {entry.name} lacks weights.", "Bring the model into Models/ instead."
         )
     return folder
+
+
+def _gated(entry: Entry) -> str:
+    """What helps where the hub wants a licence to be accepted: without a token it cannot know who has."""
+    from huggingface_hub import get_token
+
+    what = f"{entry.name} is given out only to who accepted its licence ({entry.licence})"
+    accept = f"accept it on {entry.page}"
+    if get_token():
+        return f"{what}, and the account of this token has not: {accept}, and see that the token may read such models."
+    return f"{what}: {accept}, make a token on {catalogue.LOGIN_PAGE}, and set it as {catalogue.LOGIN_VARIABLE}."
 
 
 def _hub_file(sibling: Any) -> HubFile:

@@ -9,6 +9,9 @@ SEGMENT = "segment"
 """The kind of a salient-object network: one ONNX file (``segments``)."""
 # The exports that most programs use; their hashes are those that many projects pin, each with the same size.
 _SEGMENTS = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"
+LOGIN_VARIABLE = "HF_TOKEN"
+"""The environment variable that carries the hub's token; it is never asked for in a file of the tree."""
+LOGIN_PAGE = "https://huggingface.co/settings/tokens"
 GIB = 1024**3
 
 
@@ -39,6 +42,11 @@ class Entry:
     single: tuple[str, str] | None = None
     licence: str = "Apache-2.0"
     gated: bool = False
+
+    @property
+    def page(self) -> str:
+        """The address of its page, where a gated model's licence is accepted; "" for what is not on the hub."""
+        return "" if self.origin == BUILT_IN or "://" in self.origin else f"https://huggingface.co/{self.origin}"
 
 
 _SD = ("unet", "vae", "text_encoder")

@@ -189,7 +189,11 @@ def _has_weights(folder: Path) -> bool:
 
 def _missing(entry: Entry) -> str:
     noun = _NOUNS.get(entry.kind, "base")
-    return f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
+    missing = f"The {noun} {entry.name} is not on this machine. Get it with: fastsd models get {entry.name}"
+    if not entry.gated:
+        return missing
+    login = f"set {catalogue.LOGIN_VARIABLE} to a token of your account"
+    return f"{missing} (first accept its licence on {entry.page}, and {login})"
 
 
 def _brought(models_folder: Path) -> Iterator[Model]:

@@ -12,14 +12,18 @@ from PIL import Image
 
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
-from handlers.train import dataset, prior, room, sampler
+from handlers.train import dataset, holdout, prior, room, sampler
 from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
+from handlers.train.decided import decided
+from handlers.train.families import Embedded
+from handlers.train.fresh import fresh_denoiser
 from handlers.train.further import as_before, plan_of_run
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
 from handlers.train.run import RunFolder, now
+from handlers.train.speaking import speak
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
@@ -56,14 +60,19 @@ def prepare(
     dataset.require_enough(rendered)
     # Steps that count pictures count those that could be read.
     plan = make_plan(spec, base.facts, rendered.pictures, str(payload.get("session")), plan.precision)
-    sources = [str(picture["source"]) for picture in rendered.pictures]
+    trained, held_out = holdout.split(rendered.pictures, plan.validation, plan.seed)
+    sources = [str(picture["source"]) for picture in trained]
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
     plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
-    of_class = _class_pictures(context, place, plan, base, pipeline)
-    images = [*rendered.images, *of_class.images]
+    of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
+    image_of = {
+        str(picture["source"]): image for picture, image in zip(rendered.pictures, rendered.images, strict=True)
+    }
+    images = [*map(image_of.__getitem__, sources), *of_class.images]
+    images += [image_of[str(picture["source"])] for picture in held_out]
     encoded = dataset.encode(
         images,
         pipeline.vae,
@@ -73,7 +82,7 @@ def prepare(
     digest = dataset.store(place, run.run, encoded)
     frozen = dataset.load(place, run.run, digest) or encoded
     folder = place.now()
-    counts = bucket_counts(rendered.pictures)
+    counts = bucket_counts(trained)
     record = {
         "name": payload.get("name"),
         "session": payload.get("session"),
@@ -86,19 +95,26 @@ def prepare(
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
         **({"vae": dict(vae)} if vae else {}),
         "inputs": [
-            *(_input(picture, plan, folder) for picture in rendered.pictures),
+            *(_input(picture, plan, folder) for picture in trained),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
+            *({**_input(picture, plan, folder), "held_out": True} for picture in held_out),
         ],
         "left_out": [
             {**left, "source": _relative(left["source"], folder)} for left in (*rendered.left_out, *of_class.left_out)
         ],
         **({"buckets": counts} if plan.buckets else {}),
         "frozen": digest,
+        "decided": decided(payload["spec"], plan, len(trained)),
     }
     run.write_record(record)
+    for line in record["decided"]:
+        run.log(f"auto: {line}")
     run.log(f"memory: {plan.means.told()}")
     for line in told_of(counts, plan.batch_size):
         run.log(line)
+    if held_out:
+        names = ", ".join(entry["source"] for entry in record["inputs"] if entry.get("held_out"))
+        run.log(f"held out, not trained on: {names}")
     for left in record["left_out"]:
         run.log(f"left out {left['source']}: {left['reason']}")
     return record, frozen
@@ -110,20 +126,27 @@ def devices_of(context: JobContext, plan: Plan) -> list[str]:
     return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
 
 
-def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
+def _class_pictures(
+    context: JobContext, place: Place, run: RunFolder, plan: Plan, *, base: BaseModel, pipeline: Any
+) -> dataset.Rendered:
     """The class pictures; those that are missing are drawn by the base."""
     if not plan.prior_images:
         return dataset.Rendered([], [], [])
     denoiser: Any = None
+    embedded: dict[str, Embedded] = {}
 
     def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
         nonlocal denoiser
-        denoiser = denoiser or base.load_denoiser().to(context.device)
+        new = list(dict.fromkeys(prompt for prompt, _seed in wanted if prompt not in embedded))
+        if new and base.training.draws_from_embeddings:
+            embedded.update(zip(new, speak(base.training, pipeline, new, context.device, run.log), strict=True))
+        denoiser = denoiser or fresh_denoiser(base, plan, context.device).to(context.device)
         return sampler.draw(
             base.training,
             pipeline,
             denoiser,
             wanted=wanted,
+            embedded=embedded,
             batch=prior.batch_of(plan),
             resolution=plan.resolution,
             guidance=plan.guidance,

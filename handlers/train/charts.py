@@ -29,7 +29,8 @@ def write_loss_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: where to write.
-        rows: those of ``metrics.jsonl``: ``step``, ``stage``, ``loss``, ``learning_rate``.
+        rows: those of ``metrics.jsonl``: ``step``, ``stage``, ``loss``, ``learning_rate``, and where it was
+            measured ``validation_loss``, which gets a line of its own.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,6 +43,16 @@ def write_loss_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         steps, values = [row["step"] for row in own], [float(row["loss"]) for row in own]
         losses.plot(steps, values, color=f"C{stage - 1}", alpha=0.2, linewidth=0.7)
         losses.plot(steps, smooth(values), color=f"C{stage - 1}", label=f"stage {stage}")
+        measured = [row for row in own if row.get("validation_loss") is not None]
+        if measured:
+            losses.plot(
+                [row["step"] for row in measured],
+                [float(row["validation_loss"]) for row in measured],
+                color="black",
+                marker=".",
+                linewidth=1.0,
+                label=f"held-out pictures, stage {stage}",
+            )
         rates.plot(steps, [float(row["learning_rate"]) for row in own], color=f"C{stage - 1}")
     losses.set_ylabel("loss")
     rates.set_ylabel("learning rate")

@@ -49,6 +49,11 @@ class Checkpoint:
         """The tensors of a part, on the CPU."""
         return load_file(self.folder / f"{part}.safetensors")
 
+    def is_finite(self) -> bool:
+        """Whether every number in it is one."""
+        parts = [path.name.removesuffix(".safetensors") for path in sorted(self.folder.glob("*.safetensors"))]
+        return all(bool(torch.isfinite(tensor).all()) for part in parts for tensor in self.load(part).values())
+
 
 def save(session: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
     """Write ``step-N`` and remove what is older than the newest two of the same run.
@@ -99,15 +104,20 @@ def _replace(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def newest(session: Path, run: str, damaged: Callable[[Path, str], None]) -> Checkpoint | None:
+def newest(
+    session: Path, run: str, damaged: Callable[[Path, str], None], at_most: int | None = None
+) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None.
 
     Args:
         session: the session's folder.
         run: only this run's count.
         damaged: told of each newer one that is not whole, and why.
+        at_most: only those of so many steps count; None: all.
     """
     for step, folder in _folders(session):
+        if at_most is not None and step > at_most:
+            continue
         state = _state(folder)
         if state is not None and state.get("run") != run:
             continue

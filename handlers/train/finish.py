@@ -133,10 +133,11 @@ def write_adapters(
     facts = {
         "rank": plan.lora_rank,
         "alpha": plan.lora_alpha,
+        "convolutions": plan.lora_convolutions,
         "method": plan.method,
         "base": plan.base,
         "family": plan.family,
-        "prediction": "v" if pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "prediction": _prediction(pipeline.scheduler.config),
         "resolution": plan.resolution,
         "parts": sorted(adapters),
     }
@@ -167,8 +168,18 @@ def metadata_of(record: Mapping[str, Any], plan: Plan, steps: int) -> dict[str, 
         "fastsd.run": record["run"],
         "fastsd.base": plan.base,
         "fastsd.steps": steps,
-        "fastsd.pictures": sum(not entry.get("prior") for entry in record["inputs"]),
+        "fastsd.pictures": trained_on(record),
     }
+
+
+def trained_on(record: Mapping[str, Any]) -> int:
+    """How many pictures of the subject a run learns from."""
+    return sum(not (entry.get("prior") or entry.get("held_out")) for entry in record["inputs"])
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    """What a schedule's model predicts: a flow's schedule does not say, since there is but one."""
+    return {"v_prediction": "v", "epsilon": "epsilon"}.get(str(config.get("prediction_type")), "flow")
 
 
 def _publish(place: Place, run: str, fill: Callable[[Path], None]) -> Path:

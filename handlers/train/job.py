@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
 from handlers.train import begin, checkpoint, dataset, room
+from handlers.train.audience import invited
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.crew import Crew, crew_of
-from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_finished
+from handlers.train.divergence import Diverged
+from handlers.train.finish import finished_folder, metadata_of, trained_on, write_adapters, write_finished
 from handlers.train.further import base_of_run
 from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
@@ -25,6 +28,7 @@ from handlers.train.recorder import Recorder, Silence, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
 from handlers.train.vae import put_in, require_same
+from handlers.train.validation import Validation
 from handlers.train.wording import wording
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal
@@ -78,8 +82,11 @@ class TrainHandler:
         except Refusal as refusal:
             if refusal.code == "diverged" and (written := run.read_record()):
                 run.flush()
+                kept = _last_good(place, run, refusal.good_until) if isinstance(refusal, Diverged) else ""
+                refusal = Refusal(refusal.code, refusal.what, f"{refusal.advice} {kept}".strip(), refusal.line)
                 run.write_record({**written, "state": "failed", "reason": str(refusal)})
                 run.log(str(refusal))
+                raise refusal from None
             raise
 
 
@@ -120,24 +127,35 @@ def _train(
     devices = begin.devices_of(context, plan)
     where = " and ".join(devices)
     run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {where}")
-    with crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew:
-        trainer = _trainer(base, pipeline, record, frozen, device, crew=crew, told=run.log)
+    material = _material(base, pipeline, record, frozen, device)
+    inputs = record["inputs"]
+    held_out = range(len(inputs) - plan.validation, len(inputs))
+    validation = Validation(material, held_out) if plan.validation else None
+    with (
+        crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew,
+        closing(invited(context, place, run, plan, done)) as viewers,
+    ):
+        trainer = _trainer(base, pipeline, record, material, crew=crew, told=run.log)
         recorder = Recorder(
             context,
             place,
             run,
             plan,
             draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
-            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
             spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
+            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
+            viewers=viewers,
+            measure=validation.measure_of(trainer.result) if validation else None,
+            decided=record.get("decided", ()),
         )
+        context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
         trainer.train(found, recorder)
-    context.progress(plan.total_steps, plan.total_steps, "writing the model")
-    if plan.sample_every:
-        recorder.show(plan.total_steps)
-    else:
-        recorder.chart()
-    run.flush()
+        context.progress(plan.total_steps, plan.total_steps, "writing the model")
+        if plan.sample_every:
+            recorder.show(plan.total_steps)
+        else:
+            recorder.chart()
+        run.flush()
     dtype = base.finished_dtype()
     if plan.is_adapter:
         folder = write_adapters(place, run.run, pipeline, trainer.adapters, plan=plan, dtype=dtype)
@@ -157,43 +175,37 @@ def _train(
     return _result(place, {**record, "run": run.run})
 
 
-def _other_vae(
-    context: JobContext, base: BaseModel, pipeline: Any, record: Mapping[str, Any] | None
-) -> dict[str, str] | None:
-    """Put the VAE that the run names into the pipeline; None where it uses the base's."""
-    payload = context.payload
-    name = str((record["plan"] if record else payload["spec"]).get("vae", "auto"))
-    if name == "auto":
-        return None
-    models = payload.get("models")
-    found = put_in(pipeline, base, name, Path(models) if models else None, context.cache)
-    if record:
-        require_same(record.get("vae"), found)
-    return found
+def _material(
+    base: BaseModel, pipeline: Any, record: Mapping[str, Any], frozen: dataset.Frozen, device: str
+) -> Material:
+    """Everything that a run was given, with what is held out at the end."""
+    return Material(
+        Plan.from_json(record["plan"]), frozen, trained_on(record), base.training.objective(pipeline), device
+    )
 
 
 def _trainer(
     base: BaseModel,
     pipeline: Any,
     record: Mapping[str, Any],
-    frozen: dataset.Frozen,
-    device: str,
+    material: Material,
     *,
     crew: Crew,
     told: Callable[[str], None],
 ) -> Trainer:
     """The trainer of a run, as its run.json says."""
-    plan, inputs = Plan.from_json(record["plan"]), record["inputs"]
-    subjects = sum(not entry.get("prior") for entry in inputs)
-    material = Material(plan, frozen, subjects, base.training.objective(pipeline), device)
+    plan, inputs = material.plan, record["inputs"]
+    seen = len(inputs) - plan.validation
+    frozen = dataset.Frozen(material.frozen.mean[:seen], material.frozen.std[:seen])
     words = wording(
         [entry["prompt"] for entry in inputs],
-        subjects,
+        material.subjects,
         dropout=plan.caption_dropout,
         shuffle=plan.caption_shuffle,
         seed=plan.seed,
     )
-    return Trainer(base, pipeline, material, words, dataset.sizes_told(inputs, plan), crew=crew, told=told)
+    sizes = dataset.sizes_told(inputs, plan)
+    return Trainer(base, pipeline, replace(material, frozen=frozen), words, sizes, crew=crew, told=told)
 
 
 def _task(context: JobContext, place: Place, base: BaseModel) -> dict[str, Any]:
@@ -214,8 +226,34 @@ def follow(crew: Crew, device: str, task: Mapping[str, Any]) -> None:
         _other_vae(context, base, pipeline, record)
         frozen = begin.thaw(context, place, run, record, pipeline)
         found = checkpoint.newest(place.now(), run.run, lambda *_: None)
-        trainer = _trainer(base, pipeline, record, frozen, device, crew=crew, told=lambda _line: None)
+        material = _material(base, pipeline, record, frozen, device)
+        trainer = _trainer(base, pipeline, record, material, crew=crew, told=lambda _line: None)
         trainer.train(found, Silence())
+
+
+def _other_vae(
+    context: JobContext, base: BaseModel, pipeline: Any, record: Mapping[str, Any] | None
+) -> dict[str, str] | None:
+    """Put the VAE that the run names into the pipeline; None where it uses the base's."""
+    payload = context.payload
+    name = str((record["plan"] if record else payload["spec"]).get("vae", "auto"))
+    if name == "auto":
+        return None
+    models = payload.get("models")
+    found = put_in(pipeline, base, name, Path(models) if models else None, context.cache)
+    if record:
+        require_same(record.get("vae"), found)
+    return found
+
+
+def _last_good(place: Place, run: RunFolder, good_until: int) -> str:
+    """The newest checkpoint from before a training went wrong, in words; damaged ones and those with NaN are none."""
+    at_most = good_until
+    while found := checkpoint.newest(place.now(), run.run, lambda _folder, _why: None, at_most):
+        if found.is_finite():
+            return f"The last good checkpoint is {found.folder.parent.name}/{found.folder.name}; it is kept."
+        at_most = found.step - 1
+    return "No checkpoint was written before that."
 
 
 def _clean_up(place: Place, run: RunFolder) -> None:
@@ -239,7 +277,7 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
         "steps": record["steps"],
         "finished": str(finished),
         "seconds": record["seconds"],
-        "pictures": sum(not entry.get("prior") for entry in record["inputs"]),
+        "pictures": trained_on(record),
         "left_out": record["left_out"],
         **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,

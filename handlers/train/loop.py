@@ -16,11 +16,11 @@ from handlers.train import objective, randomness
 from handlers.train.auto import Plan
 from handlers.train.average import Average
 from handlers.train.crew import Crew
+from handlers.train.divergence import Diverged, smaller_rate
 from handlers.train.fitting import Fitting
 from handlers.train.objective import Batch, Material
 from handlers.train.optimizers import Groups, Tensors, Updates
 from handlers.train.trainable import Trainable
-from sessions.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Stage:
         """The one that is shown: the denoiser's where it is trained."""
         shown = (name for name, trained in self.trained.items() if trained.module is self.denoiser)
         return self.rates[next(shown, next(iter(self.rates)))]
+
+    @property
+    def section(self) -> str:
+        """Where train.yaml speaks of it."""
+        return "text_encoder" if self.number == 1 else "unet"
 
     def groups(self) -> Groups:
         """Name of what is trained → name → parameter, in a fixed order; all names are distinct."""
@@ -126,7 +131,8 @@ def train_stage(
         after_step: called after each step; may raise to stop.
 
     Raises:
-        Refusal: code ``diverged``: the loss is no longer a number; code ``memory``: nothing is left to be given up.
+        Diverged: the loss is no longer a number.
+        Refusal: code ``memory``: nothing is left to be given up.
     """
     plan = material.plan
     parameters = [parameter for group in stage.groups().values() for parameter in group.values()]
@@ -210,10 +216,10 @@ def _autocast(plan: Plan, device: str) -> AbstractContextManager[Any]:
     return context
 
 
-def _diverged(stage: Stage, step: int) -> Refusal:
-    section = "text_encoder" if stage.number == 1 else "unet"
-    return Refusal(
-        "diverged",
-        f"The training diverged: the loss of step {stage.first + step + 1} ({stage.title}) is not a number.",
-        f"Write a smaller {section}.learning_rate than {stage.rate.value:g} into train.yaml, or precision: fp32.",
+def _diverged(stage: Stage, step: int) -> Diverged:
+    total = stage.first + step
+    return Diverged(
+        f"The training diverged: the loss of step {total + 1} ({stage.title}) is not a number.",
+        f"{smaller_rate(stage.section, stage.rate.value)} Or write precision: fp32.",
+        total,
     )

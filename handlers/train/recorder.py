@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
 from handlers.context import JobContext, Stopping
 from handlers.out_of_memory import is_out_of_memory
+from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
+from handlers.train.divergence import Watch, refusal_of
 from handlers.train.intermediate import Keeper
-from handlers.train.loop import Done
+from handlers.train.loop import Done, Stage
 from handlers.train.place import Place, folder_in
 from handlers.train.run import RunFolder
+from handlers.train.validation import is_due
+from handlers.train.viewers import Viewers
 from sessions.layout import PREVIEWS
 
 _FLUSH_SECONDS = 5.0
@@ -62,6 +66,9 @@ class Recorder:
         draw: draws samples of the models as they are; an empty list where it was stopped.
         keeper: writes intermediate models.
         spent: seconds that earlier processes spent on this run.
+        viewers: who else is told of every step.
+        measure: gives the loss of held-out pictures; None where there are none.
+        decided: what ``auto`` became, for the status.
     """
 
     def __init__(
@@ -74,13 +81,25 @@ class Recorder:
         draw: Callable[[], list[Image.Image]],
         keeper: Keeper,
         spent: float,
+        viewers: Viewers,
+        measure: Callable[[Stage], float] | None = None,
+        decided: Sequence[str] = (),
     ) -> None:
         self._context = context
         self._place = place
         self._run = run
         self._plan = plan
         self._draw = draw
+        self._decided = list(decided)
         self._keeper = keeper
+        self._viewers = viewers
+        self._measure = measure
+        self._watch: Watch | None = None
+        self._watched = 0
+        self._validation: dict[str, float] = {}
+        for row in run.metrics():
+            if row.get("validation_loss") is not None:
+                self._validation = {"validation_loss": row["validation_loss"], "validation_step": row["step"]}
         self._began = time.monotonic() - spent
         self._saved = self._flushed = self._charted = time.monotonic()
         self._durations: deque[float] = deque(maxlen=50)
@@ -102,23 +121,28 @@ class Recorder:
 
         Raises:
             Cancelled, Stopping: as the daemon wishes; the state is saved before ``Stopping``.
+            Diverged: the losses rose so much that nothing good will come of it.
         """
         now = time.monotonic()
         self._durations.append(now - self._last)
         self._losses.append(done.loss)
+        watch = self._watch_of(done.stage)
         self._note(done)
+        if verdict := watch.note(done.total, done.loss):
+            raise refusal_of(verdict, done.stage.title, done.stage.section, done.stage.rate.value, done.total)
         # Before the checkpoint: a run that goes on from it does not come by here again.
         is_shown = self._keep(done)
         is_last = done.step == done.stage.steps
         stopping = self._context.is_stopping()
         # The end of stage 1 is saved by whoever knows what is kept of it; the end of the run is its result.
         ends_stage_1 = is_last and done.stage.number == 1
-        if (stopping and not ends_stage_1) or (not is_last and self._is_due(done.total)):
+        if (stopping and not ends_stage_1) or (not is_last and self._is_due(done.total) and not watch.is_suspicious):
             self.save(done.total, done.stage.number, {**finished_parts, **_parts(done)})
         if not ends_stage_1:
             self.stop_if_wished()
         if now - self._flushed > _FLUSH_SECONDS:
             self._run.flush()
+            self._viewers.flush()
             self._flushed = now
         every = self._plan.sample_every
         if done.stage.number == 2 and not is_last and not is_shown and every and done.step % every == 0:
@@ -145,14 +169,53 @@ class Recorder:
         if self._context.is_stopping():
             raise Stopping
 
+    def _watch_of(self, stage: Stage) -> Watch:
+        """Watches the stage; it knows the losses of its earlier steps, whichever process did them."""
+        if self._watch is None or self._watched != stage.number:
+            past = [(row["step"], float(row["loss"])) for row in self._run.metrics() if row["stage"] == stage.number]
+            scale = 1.0 + (self._plan.prior_weight if self._plan.prior_images else 0.0)
+            self._watch, self._watched = Watch(scale, past), stage.number
+        return self._watch
+
+    def _measured(self, done: Done) -> float | None:
+        """The loss of the held-out pictures, where there are some and it is time."""
+        is_last = done.step == done.stage.steps
+        if self._measure is None or not (is_last or is_due(done.total, self._plan.total_steps)):
+            return None
+        try:
+            return self._measure(done.stage)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._run.log(f"held-out pictures were not measured at step {done.total}: memory ran out")
+            return None
+
     def _note(self, done: Done) -> None:
         total = self._plan.total_steps
         seconds = sum(self._durations) / len(self._durations)
         logged = ""
         if done.step in (1, done.stage.steps) or done.total % max(1, total // 100) == 0:
             logged = f"step {done.total}/{total} stage {done.stage.number} loss {done.loss:.5f}"
-        row = {"step": done.total, "stage": done.stage.number, "loss": done.loss, "learning_rate": done.rate}
+        memory = memory_used(self._context.device)
+        row: dict[str, Any] = {
+            "step": done.total,
+            "stage": done.stage.number,
+            "loss": done.loss,
+            "learning_rate": done.rate,
+            "seconds": round(self._durations[-1], 6),
+            "memory": next(iter(memory.values())),
+            "at": round(time.time(), 3),
+        }
+        if len(done.stage.rates) > 1:
+            schedule = self._plan.schedule
+            row["rates"] = {part: rate.at(done.step - 1, schedule) for part, rate in done.stage.rates.items()}
+        measured = self._measured(done)
+        if measured is not None:
+            row["validation_loss"] = measured
+            self._validation = {"validation_loss": measured, "validation_step": done.total}
+            logged = f"step {done.total}/{total} stage {done.stage.number} loss {done.loss:.5f} held out {measured:.5f}"
         self._run.add_step(row, logged)
+        self._viewers.note(row)
         self._context.progress(
             done.total,
             total,
@@ -161,6 +224,9 @@ class Recorder:
             seconds_per_step=seconds,
             eta=seconds * (total - done.total),
             stage=done.stage.number,
+            decided=self._decided,
+            **memory,
+            **self._validation,
             kept=self._kept,
         )
 
@@ -193,6 +259,7 @@ class Recorder:
             self._place.write(
                 lambda session: charts.write_grid(folder_in(session, PREVIEWS) / sample_name(total), sheet),
             )
+            self._viewers.show(total, self._place.now() / PREVIEWS / sample_name(total))
         self.chart()
 
     def chart(self) -> None:
@@ -201,6 +268,13 @@ class Recorder:
         if rows:
             self._place.write(lambda session: charts.write_loss_curve(folder_in(session, PREVIEWS) / "loss.png", rows))
         self._charted = time.monotonic()
+
+
+def memory_used(device: str) -> dict[str, int]:
+    """``memory``: bytes that this process holds; on a GPU ``gpu_memory``, the most that torch held of it."""
+    if device.startswith("cuda"):
+        return {"gpu_memory": int(torch.cuda.max_memory_reserved(device))}
+    return {"memory": resident_bytes()}
 
 
 def sample_name(total: int) -> str:

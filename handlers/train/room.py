@@ -13,6 +13,8 @@ from handlers.train.base import BaseModel
 from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
+from handlers.train.quantise import can_quantise
+from handlers.train.trainable import adapted_layers
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
@@ -53,7 +55,7 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
     encoders = sum(counts[name] for name in base.training.encoders) if plan.text_encoder_steps else 0
     if plan.is_adapter:
         parts = [base.training.denoiser, *(base.training.encoders if encoders else ())]
-        trained, frozen = base.adapter_parameters(parts, plan.lora_rank), denoiser + encoders
+        trained, frozen = base.adapter_parameters(adapted_layers(plan, parts), plan.lora_rank), denoiser + encoders
     elif plan.is_one_stage or plan.train_unet_in_stage_1:
         trained, frozen = denoiser + encoders, 0
     else:
@@ -69,6 +71,7 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
         adapter=plan.is_adapter,
         average=plan.ema,
         devices=devices,
+        quantises=plan.is_adapter and base.training.draws_from_embeddings and can_quantise(),
     )
 
 
@@ -81,7 +84,7 @@ def check_disk(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     """Refuse before the start what would fill the disk hours later: checkpoints, and models with their single files."""
     parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
-        trained = base.adapter_parameters(parts, plan.lora_rank)
+        trained = base.adapter_parameters(adapted_layers(plan, parts), plan.lora_rank)
         written = trained
     else:
         counts = base.parameters()
@@ -97,12 +100,12 @@ def check_disk(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     needed = checkpoints + result + kept
     free = shutil.disk_usage(place.now()).free
     if free < needed + reserve:
-        models = f", {kept / 1e9:.2f} for {count} intermediate model{'' if count == 1 else 's'}" if count else ""
+        models = f", {kept / GB:.2f} for {count} intermediate model{'' if count == 1 else 's'}" if count else ""
         raise Refusal(
             "disk",
-            f"Training {plan.base} needs {needed / 1e9:.2f} GB of disk "
-            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model{models}); "
-            f"{free / 1e9:.2f} GB are free"
-            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
+            f"Training {plan.base} needs {needed / GB:.2f} GB of disk "
+            f"({checkpoints / GB:.2f} for checkpoints, {result / GB:.2f} for the model{models}); "
+            f"{free / GB:.2f} GB are free"
+            + (f", of which {reserve / GB:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
             f"Make room and save train.yaml again{', or write a larger save_every' if count else ''}.",
         )

@@ -22,11 +22,13 @@ from handlers.train.checkpoint import Checkpoint, Tensors
 from handlers.train.crew import Crew
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.fitting import Fitting
+from handlers.train.fresh import DTYPES, fresh_denoiser
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
 from handlers.train.recorder import Notes
-from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
+from handlers.train.speaking import speak
+from handlers.train.trainable import Adapter, Trainable, Whole, adapted, adapted_layers
 from handlers.train.wording import Wording
 
 _TITLES = {"finetune": "fine-tuning", "lora": "LoRA", "dora": "DoRA"}
@@ -71,6 +73,7 @@ class Trainer:
         self._device = material.device
         self._words = words
         self._tokens = self._family.tokens(pipeline, words.texts)
+        self._spoken: dict[str, Embedded] = {}
 
     def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
@@ -119,8 +122,8 @@ class Trainer:
 
     def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
-        self.denoiser = self._base.load_denoiser()
         embedded = self._embed_all()
+        self.denoiser = self._base.load_denoiser()
         finished = self._finished_parts()
         stage = Stage(
             2,
@@ -137,10 +140,11 @@ class Trainer:
     def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
-        self.denoiser = self._base.load_denoiser()
+        # Text encoders that stay as they are speak before the denoiser takes their place.
+        embedded = None if plan.text_encoder_steps else self._embed_all()
+        self.denoiser = fresh_denoiser(self._base, plan, self._device)
         modules = {self._family.denoiser: self.denoiser, **(self._encoders if plan.text_encoder_steps else {})}
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
-        embedded = None if plan.text_encoder_steps else self._embed_all()
         encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
         unet_rate = Rate(plan.unet_rate, plan.unet_steps)
         stage = Stage(
@@ -162,12 +166,11 @@ class Trainer:
         plan = self._plan
         if not plan.is_adapter:
             return Whole(module)
-        if plan.precision != "fp32":
-            # Only the adapter is updated: what it stands on may be as coarse as it is computed with.
-            module.to(dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+        if name in self._encoders:
+            module.to(dtype=DTYPES[plan.precision])
         return adapted(
             module,
-            layers_of(name),
+            adapted_layers(plan, [name])[name],
             rank=plan.lora_rank,
             alpha=plan.lora_alpha,
             dora=plan.method == "dora",
@@ -231,17 +234,15 @@ class Trainer:
 
     def _embed_all(self) -> Embedded:
         """All prompts, from the finished text encoders, which leave the device afterwards."""
-        for encoder in self._encoders.values():
-            encoder.requires_grad_(requires_grad=False).eval().to(self._device)
-        tokens = {name: ids.to(self._device) for name, ids in self._tokens.items()}
-        with torch.no_grad():
-            parts = [
-                self._family.embed(self._pipeline, {name: ids[row : row + 1] for name, ids in tokens.items()})
-                for row in range(len(self._words.texts))
-            ]
-        for encoder in self._encoders.values():
-            encoder.to("cpu")
-        return joined(parts)
+        asked = self._plan.prompts if self._family.draws_from_embeddings else ()
+        texts = list(dict.fromkeys([*self._words.texts, *asked]))
+        parts = speak(self._family, self._pipeline, texts, self._device, self._told)
+        if self._family.draws_from_embeddings:
+            self._spoken = dict(zip(texts, parts, strict=True))
+            for name in self._encoders:
+                setattr(self._pipeline, name, None)  # all is said, and the denoiser needs their room
+            self._encoders.clear()
+        return joined(parts[: len(self._words.texts)])
 
     def _finished_parts(self) -> dict[str, Tensors]:
         if not self._plan.text_encoder_steps:
@@ -257,6 +258,7 @@ class Trainer:
                 self._pipeline,
                 self.denoiser.to(self._device),
                 wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
+                embedded=self._spoken,
                 batch=len(plan.prompts),
                 resolution=plan.resolution,
                 guidance=plan.guidance,

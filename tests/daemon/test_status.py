@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 from daemon.jobs import Job
 from daemon.planner import Plan
 from daemon.status import STALE_AFTER, describe_progress, describe_session, session_json, write_status
+from daemon.terminal import bar_words
 from sessions.refusal import Refusal
-from sessions.status import SessionStatus
+from sessions.status import SessionStatus, render
 from tests.daemon.house import House
 
 A = "Sessions/a"
@@ -38,8 +40,6 @@ def told(house: House, plan: Plan | None = None, gates: dict[str, str] | None = 
 
 
 def with_progress(job: Job, **progress: Any) -> Job:
-    from dataclasses import replace
-
     return replace(job, progress=progress)
 
 
@@ -211,3 +211,30 @@ def test_what_failed_for_good_is_told_once(house: House) -> None:
 
     house.queue.fail(replace(job, attempts=job.max_attempts), {"message": "it died"}, house.now)
     assert told(house).trouble == [f"{job.subject}: crop: it died"]
+
+
+def test_a_training_tells_its_pace_its_memory_and_what_was_decided(house: House) -> None:
+    job = house.claim("crop")
+    assert job is not None
+    facts = {
+        "loss": 0.1234,
+        "eta": 700.0,
+        "seconds_per_step": 0.6234,
+        "gpu_memory": 7_100_000_000,
+        "validation_loss": 0.1301,
+        "validation_step": 600,
+        "decided": ["base sd15, resolution 512", "unet 1,500 steps at 2e-6"],
+    }
+    running = with_progress(replace(job, kind="train"), done=620, total=1850, note="stage 2 of 2: UNet", facts=facts)
+    status = describe_session(house.session(A), [running], Plan(), 3, gates={})
+    text = render(status, NOW, STALE_AFTER)
+    assert (
+        "State      training, stage 2 of 2: UNet, 620 of 1,850, loss 0.1234, about 12 min left\n"
+        "Run        0.623 s a step, 7.1 GB of GPU memory\n"
+        "           held-out pictures: loss 0.1301 at step 600\n"
+        "Decided    base sd15, resolution 512\n"
+        "           unet 1,500 steps at 2e-6\n"
+    ) in text
+    assert bar_words("a", running.progress) == (
+        "a · stage 2 of 2: UNet · 620/1,850 · loss 0.1234 · 12 min left · 0.623 s a step · 7.1 GB of GPU memory"
+    )

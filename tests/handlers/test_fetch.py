@@ -392,20 +392,21 @@ from handlers.models import registry
 cache = Path(sys.argv[1])
 told = []
 try:
-    print("path", get("sd15", cache, lambda done, total: told.append((done, total))))
+    print("path", get(sys.argv[2], cache, lambda done, total: told.append((done, total))))
     print("told", *(told[-1] if told else ["nothing"]))
-    print("found", registry.find("sd15", "checkpoint", None, cache).path)
+    print("found", registry.find(sys.argv[2], "checkpoint", None, cache).path)
 except Exception as error:
     print(type(error).__name__, error)
 """
 
 
-def fetch_from_hub(shelf: Shelf, folder: Path) -> dict[str, str]:
-    """Run ``get("sd15")`` in a process whose hub is the shelf; its lines, by their first word."""
+def fetch_from_hub(shelf: Shelf, folder: Path, name: str = "sd15", token: str | None = None) -> dict[str, str]:
+    """Run ``get`` in a process whose hub is the shelf; its lines, by their first word."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HTTP", "http"))}
     environment |= {"HF_ENDPOINT": shelf.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
     ran = subprocess.run(
-        [sys.executable, "-c", FETCH_SCRIPT, str(folder)],
+        [sys.executable, "-c", FETCH_SCRIPT, str(folder), name],
         env=environment,
         capture_output=True,
         text=True,
@@ -428,6 +429,51 @@ def test_a_model_of_the_hub_comes_to_the_cache_and_is_found_there(tmp_path: Path
         again = fetch_from_hub(shelf, tmp_path)
         assert (again["path"], again["told"]) == (str(folder), "nothing")
         assert len(shelf.asked) == fetched
+
+
+class GatedHandler(HubHandler):
+    """A gated repository: anybody may see what it holds, and its files only with the right token."""
+
+    repository = "black-forest-labs/FLUX.1-dev"
+
+    def do_GET(self) -> None:
+        self.path = self.path.replace(self.repository, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        super().do_GET()
+
+    def _body(self) -> bytes | None:
+        token = self.headers.get("Authorization", "")
+        if token == "Bearer hf_right":
+            return super()._body()
+        self.send_response(403 if token else 401)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+
+def test_a_gated_model_names_the_page_of_its_licence_and_where_the_token_goes(tmp_path: Path) -> None:
+    page = f"https://huggingface.co/{GatedHandler.repository}"
+    weights = {f"{part}/model.safetensors": b"w" for part in ("transformer", "vae", "text_encoder", "text_encoder_2")}
+    for shelf in serve(Shelf(files={"model_index.json": b"{}", **weights}), GatedHandler):
+        without = fetch_from_hub(shelf, tmp_path, name="flux-dev")["Waiting"]
+        assert page in without
+        assert "FLUX.1 [dev] Non-Commercial" in without
+        assert "HF_TOKEN" in without
+        assert "https://huggingface.co/settings/tokens" in without
+        wrong = fetch_from_hub(shelf, tmp_path, name="flux-dev", token="hf_wrong")["Waiting"]
+        assert page in wrong
+        assert "this token has not" in wrong
+        assert "hf_wrong" not in wrong
+        assert not list((tmp_path / "models" / "flux-dev").rglob("*.safetensors"))
+        right = fetch_from_hub(shelf, tmp_path, name="flux-dev", token="hf_right")
+        assert right["path"] == str(tmp_path / "models" / "flux-dev")
+    with pytest.raises(registry.MissingModel) as missing:
+        registry.check("flux-dev", "checkpoint", None, tmp_path / "empty")
+    assert page in str(missing.value)
+    assert "HF_TOKEN" in str(missing.value)
+    with pytest.raises(registry.MissingModel) as free:
+        registry.check("sd15", "checkpoint", None, tmp_path / "empty")
+    assert "HF_TOKEN" not in str(free.value)
 
 
 def test_a_file_of_the_hub_with_another_hash_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def cache(tmp_path: Path) -> Path:
 def test_a_base_that_is_not_here_says_which_command_helps(name: str, cache: Path) -> None:
     with pytest.raises(registry.MissingModel) as missing:
         registry.find(name, "checkpoint", None, cache)
-    assert missing.value.reason == f"The base {name} is not on this machine. Get it with: fastsd models get {name}"
+    reason = missing.value.reason
+    assert reason.startswith(f"The base {name} is not on this machine. Get it with: fastsd models get {name}")
     assert isinstance(missing.value, Waiting)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from handlers.train import checkpoint, dataset, loop, randomness
 from handlers.train.auto import Base, Plan, make_plan
 from handlers.train.charts import grid, smooth, write_loss_curve
+from handlers.train.decided import decided
 from handlers.train.place import Place, folder_in
 from handlers.train.prompts import head_noun, instance_token, sample_prompts, spoken_stem, training_prompt
 from handlers.train.run import RunFolder
@@ -303,3 +304,24 @@ def test_charts(tmp_path: Path) -> None:
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=50))
 def test_smoothing_stays_within_the_values(values: list[float]) -> None:
     assert all(min(values) - 1e-9 <= value <= max(values) + 1e-9 for value in smooth(values))
+
+
+def test_what_auto_became_is_told_and_what_was_written_is_not() -> None:
+    spec = parse_spec("")
+    plan = plan_of("", count=10)
+    assert decided(spec.to_json(), plan, 10) == [
+        "base sd15, method dreambooth, resolution 512",
+        "instance zwx, class (no word), concept object, captions those that people wrote",
+        "text_encoder 350 steps at 1e-6, unet 1,500 steps at 2e-6",
+        "batch_size 1, optimizer adamw, precision fp32, offset_noise 0",
+        "samples every 750 steps, steps are for 10 pictures",
+    ]
+    written = (
+        "base: sd15\nmethod: dreambooth\ninstance: zwx\nclass: dog\nconcept: object\nresolution: 512\ncaptions: true\n"
+        "text_encoder: {steps: 5, learning_rate: 1e-6}\nunet: {steps: 7, learning_rate: 2e-6}\noptimizer: adamw\n"
+        "batch_size: 1\nprecision: fp32\nmemory: auto\noffset_noise: 0\nsample_every: 0\nprompts: [a]\n"
+    )
+    assert decided(parse_spec(written).to_json(), plan_of(written), 10) == []
+    assert decided(parse_spec("unet: {steps: 7}").to_json(), plan_of("unet: {steps: 7}"), 10)[2] == (
+        "text_encoder 350 steps at 1e-6, unet at 2e-6"
+    )

@@ -116,16 +116,6 @@ def test_other_lines_at_fault_are_named_too() -> None:
     assert "line 3" in refusal_of("sead: 1\nbase: sd15\nresolution: big\n").advice
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "base: flux-dev",
-    ],
-)
-def test_what_is_not_built_is_said_and_not_ignored(text: str) -> None:
-    assert "later version" in refusal_of(text).what
-
-
 @given(st.integers(1, 400), st.integers(0, 400), st.integers(0, 400))
 def test_intermediate_models_come_every_so_many_steps_from_the_first_on(every: int, first: int, steps: int) -> None:
     kept = list(kept_steps(every, first, steps))

@@ -105,6 +105,7 @@ def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
         pipeline,
         pipeline.to(dtype=torch.float32).unet,
         wanted=wishes,
+        embedded={},
         batch=_BATCH,
         resolution=64,
         guidance=MINIATURE_GUIDANCE,
@@ -136,7 +137,7 @@ def _put_in(pipeline: Any, folder: Path) -> None:
     for part in facts["parts"]:
         adapter = adapted(
             getattr(pipeline, part),
-            layers_of(part),
+            layers_of(part, convolutions=facts["convolutions"]),
             rank=facts["rank"],
             alpha=facts["alpha"],
             dora=facts["method"] == "dora",

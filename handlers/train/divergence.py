@@ -1,0 +1,136 @@
+"""When a training has gone wrong although its loss is still a number. Pure.
+
+Losses of single steps say little: with one picture a step they differ a hundredfold by noise level alone. So medians of
+many steps are compared, with what was usual at the stage's beginning, and with what a model costs that predicts nothing
+at all. What decides is a fold over the losses of ``metrics.jsonl``: a resumed run knows what an undisturbed one knows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from sessions.refusal import Refusal
+
+USUAL = 64
+"""So many steps at a stage's beginning say what is usual there."""
+RECENT = 32
+"""So many steps in a row are looked at."""
+TIMES = 10.0
+"""The recent median is above so many times the usual one, and above nearly all that was usual."""
+WORTHLESS = 5.0
+"""A loss that is never right: predicting nothing costs about 1 for noise and velocity, 2 for flow."""
+_NEARLY_ALL = 0.95
+_HINT = 8  # steps that make one suspicious
+
+
+class Diverged(Refusal):
+    """The training diverged.
+
+    Attributes:
+        good_until: steps of the run that were done while all was well.
+    """
+
+    def __init__(self, what: str, advice: str, good_until: int) -> None:
+        super().__init__("diverged", what, advice)
+        self.good_until = good_until
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a training is stopped.
+
+    Attributes:
+        level: the median of the recent losses.
+        usual: the median at the stage's beginning; None where that was too short, or wrong itself.
+        good_until: steps of the run done before the losses rose.
+    """
+
+    level: float
+    usual: float | None
+    good_until: int
+
+
+class Watch:
+    """Watches the losses of one stage.
+
+    Args:
+        scale: what the losses of a step add up to for a model that predicts nothing, as a multiple of one picture's:
+            1, and the weight of class pictures where they train along.
+        past: losses of this stage's earlier steps, (steps of the run done, loss).
+    """
+
+    def __init__(self, scale: float = 1.0, past: Iterable[tuple[int, float]] = ()) -> None:
+        self._worthless = WORTHLESS * scale
+        self._usual: list[float] = []
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._suspected: int | None = None
+        self._bound: float | None = None  # known once enough is known of what is usual
+        for total, loss in past:
+            self.note(total, loss)
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the last few losses look wrong: no moment to write over a good checkpoint."""
+        return self._suspected is not None
+
+    def note(self, total: int, loss: float) -> Verdict | None:
+        """Take a loss.
+
+        Args:
+            total: steps of the run that are done with this one.
+            loss: of this step.
+
+        Returns:
+            Why the training is to be stopped; None where it goes on.
+        """
+        if len(self._usual) < USUAL:
+            self._usual.append(loss)
+            if len(self._usual) == USUAL:
+                self._bound = max(TIMES * median(self._usual), sorted(self._usual)[int(_NEARLY_ALL * USUAL)])
+        self._recent.append(loss)
+        last = list(self._recent)[-_HINT:]
+        if len(last) < _HINT or not self._is_wrong(median(last)):
+            self._suspected = None
+            return None
+        if self._suspected is None:
+            self._suspected = total - _HINT
+        level = median(self._recent)
+        if len(self._recent) < RECENT or not self._is_wrong(level):
+            return None
+        return Verdict(level, median(self._usual) if self._bound is not None else None, self._suspected)
+
+    def _is_wrong(self, level: float) -> bool:
+        return level > self._worthless or (self._bound is not None and level > self._bound)
+
+
+def refusal_of(verdict: Verdict, title: str, section: str, rate: float, total: int) -> Diverged:
+    """What people are told.
+
+    Args:
+        verdict: why.
+        title: the stage's.
+        section: of train.yaml: ``unet`` or ``text_encoder``.
+        rate: the stage's learning rate.
+        total: steps done in the run.
+    """
+    than = (
+        f"{verdict.level / verdict.usual:.0f} times what it was at the beginning"
+        if verdict.usual
+        else "more than a model costs that predicts nothing"
+    )
+    what = (
+        f"The training diverged ({title}): at step {total} the median loss of {RECENT} steps is {verdict.level:.3g}, "
+        f"{than}. It rose from about step {verdict.good_until + 1} on, at a learning rate of {rate:g}."
+    )
+    return Diverged(what, smaller_rate(section, rate), verdict.good_until)
+
+
+def smaller_rate(section: str, rate: float) -> str:
+    """What to write into train.yaml instead."""
+    return (
+        f"Write a smaller {section}.learning_rate than {rate:g} into train.yaml, say {rate / 5:.2g}, and save it: "
+        "that starts a new run."
+    )
