@@ -217,6 +217,7 @@ class Preparer:
             "models": self.models,
             "disk_reserve": self.settings.limits.disk_reserve,
             "spec_record": spec_record.to_json(),
+            **({"wandb": self.settings.wandb} if self.settings.wandb else {}),
         }
         ended = session.manifest.get("train", stored["run"]) or {}
         if ended.get("state") == "finished":
