@@ -37,6 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from handlers.models.miniature import drawing
 from handlers.train import dataset
 from handlers.train.auto import Base, Plan, Precision, make_plan
+from handlers.train.crew import Alone
 from handlers.train.families import FAMILIES
 from handlers.train.fitting import Fitting
 from handlers.train.loop import Rate, Stage, train_stage
@@ -121,7 +122,14 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
     means = replace(plan.means, checkpointing=parts.device != "cpu")
     fitting = Fitting(means, unet, (), parts.device, may_offload=False, told=print)
     train_stage(
-        stage, material, 0, updates=updates, fitting=fitting, average=None, after_step=lambda _done: clock.tick()
+        stage,
+        material,
+        0,
+        updates=updates,
+        fitting=fitting,
+        average=None,
+        crew=Alone(),
+        after_step=lambda _done: clock.tick(),
     )
     return clock.middle()
 

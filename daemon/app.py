@@ -151,7 +151,10 @@ class Daemon:
             noted=lambda path: self.reporter.blocked.found(path),  # noqa: PLW0108 - the reporter comes after it
             tree_quiet=lambda folder: self.tree.quiet_for(folder, time.monotonic()),
         )
-        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known, searching)
+        # With gpus: all the lane has one place, whose worker leads the others of its crew.
+        crew = devices if settings.gpus == "all" else ()
+        places = devices[:1] if crew else devices
+        preparer = Preparer(root, settings, self.sessions, self.index, rules, self._networks.known, searching, crew)
         hooks = TreeHooks(
             preparer=preparer,
             sessions=self.sessions,
@@ -159,13 +162,14 @@ class Daemon:
             make_room=self.webui.yield_gpu,
             ended=self._on_ended,
             display=display,
+            kept=self.mark_dirty,
         )
         self.dispatcher = Dispatcher(
             self.queue,
-            {"cpu": os.cpu_count() or 1, "gpu": max(1, len(devices)), "net": 1},
+            {"cpu": os.cpu_count() or 1, "gpu": max(1, len(places)), "net": 1},
             WorkerSettings(cache, state.logs, worker_environment(environment), mark=os.fspath(state.folder)),
             hooks,
-            devices=devices,
+            devices=places,
         )
         self.reporter = Reporter(self)
         self._notifier = Notifier(environment)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daemon.control import Answer, Command
 from daemon.jobs import STATES, JobState
 from daemon.outcomes import revive_run, subject_file
+from daemon.promotion import promote
+from sessions.refusal import Refusal
 
 if TYPE_CHECKING:
     from daemon.app import Daemon
@@ -33,6 +36,7 @@ class Commander:
             "pause": self.pause,
             "resume": self.resume,
             "scan": self.scan,
+            "promote": self.promote,
         }
 
     async def status(self, _: Mapping[str, Any]) -> Answer:
@@ -100,3 +104,19 @@ class Commander:
         """Look at the whole tree now."""
         self._daemon.tree.request_scan()
         return {}
+
+    async def promote(self, request: Mapping[str, Any]) -> Answer:
+        """Make a model the one of its session: ``folder``, and the model's ``name``."""
+        daemon = self._daemon
+        folder = Path(str(request["folder"]))
+        path = "" if folder == daemon.root else folder.relative_to(daemon.root).as_posix()
+        if path not in daemon.sessions:
+            raise LookupError(f"{folder} is no session of {daemon.root}.")
+        session = daemon.sessions.at(path)
+        try:
+            chosen = promote(session.manifest, str(request["name"]))
+        except Refusal as refusal:
+            raise LookupError(str(refusal)) from None
+        daemon.reporter.changed(path)
+        daemon.mark_dirty(path)
+        return {"file": chosen.file}

@@ -127,6 +127,7 @@ class Settings(_Settings):
 
     captioner: str = "kosmos-2"
     base: str = "auto"
+    gpus: Literal["each", "all"] = "each"
     search: str | None = None
     caption: CaptionKeys = CaptionKeys()
     watch: WatchKeys = WatchKeys()

@@ -31,6 +31,7 @@ class TreeHooks(Hooks):
         make_room: called before a run starts: the WebUI gives way.
         ended: called with (job, session folder) after an outcome was recorded; None for the folder when it is gone.
         display: shows progress on a terminal.
+        kept: called with the session's folder when a run has kept an intermediate model.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TreeHooks(Hooks):
         make_room: Callable[[], Awaitable[None]],
         ended: Callable[[Job, str | None], None],
         display: ProgressDisplay,
+        kept: Callable[[str], None] = lambda _session: None,
     ) -> None:
         self._preparer = preparer
         self._sessions = sessions
@@ -50,6 +52,8 @@ class TreeHooks(Hooks):
         self._ended = ended
         self._display = display
         self._told_decided: set[int] = set()
+        self._on_kept = kept
+        self._kept: dict[int, int] = {}
 
     async def prepare(self, job: Job) -> Mapping[str, Any] | None:
         """The payload in absolute paths; None when the job has nothing to do any more."""
@@ -65,7 +69,8 @@ class TreeHooks(Hooks):
         with suppress(LookupError, OSError):
             if job.kind == "convert":
                 session = self._sessions.by_id(job.session)
-                if session.manifest.get("convert", str(job.payload["run"])) is not None:
+                kind = outcomes.record_kind(job.kind, job.payload)
+                if session.manifest.get(kind, str(job.payload["run"])) is not None:
                     outcomes.tidy_after_convert(session, job.payload)
 
     def may_start(self, kind: str) -> bool:
@@ -85,11 +90,17 @@ class TreeHooks(Hooks):
             for line in decided:
                 log.info("%s, decided: %s", job.subject, line)
         self._display.show(job.id, job.kind, job.subject, progress)
+        count = int((progress.get("facts") or {}).get("kept") or 0)
+        if count > self._kept.get(job.id, 0):
+            self._kept[job.id] = count
+            with suppress(LookupError, OSError):
+                self._on_kept(self._sessions.by_id(job.session).path)
 
     async def on_outcome(self, job: Job, outcome: Outcome) -> None:
         """Write into the session what became of a job."""
         self._display.end(job.id)
         self._told_decided.discard(job.id)
+        self._kept.pop(job.id, None)
         log.log(
             logging.WARNING if outcome.state in ("failed", "refused") else logging.INFO,
             "%s of %s: %s%s",

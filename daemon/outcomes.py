@@ -21,7 +21,7 @@ from daemon.session import Session
 from sessions import layout
 from sessions.errors import remove_error, write_error
 from sessions.files import sweep_temporaries
-from sessions.manifest import Record
+from sessions.manifest import INTERMEDIATE, Record
 from sessions.refusal import Refusal
 from sessions.trash import move_to_trash
 from sessions.wishes import CODE
@@ -39,8 +39,8 @@ def record_done(
     Raises:
         OSError: the session's folder cannot be written.
     """
-    record: Record = {"kind": kind}
-    for key in ("source", "size", "mtime_ns", "stem", "params", "run", "spec_record"):
+    record: Record = {"kind": record_kind(kind, stored)}
+    for key in ("source", "size", "mtime_ns", "stem", "params", "run", "of", "step", "spec_record"):
         if key in stored:
             record[key] = stored[key]
     record |= facts
@@ -58,6 +58,11 @@ def record_done(
     session.manifest.append(records)
     if subject and (refusal is None or refusal.get("job") == kind):
         remove_error(session.folder / subject)
+
+
+def record_kind(kind: str, stored: Mapping[str, Any]) -> str:
+    """The kind of the record that a job leaves: an intermediate model is not (yet) one that the session has made."""
+    return INTERMEDIATE if kind == "convert" and "of" in stored else kind
 
 
 def _moved_meanwhile(session: Session, outputs: Sequence[str]) -> OSError:
@@ -88,7 +93,7 @@ def subject_file(session: Session, kind: str, stored: Mapping[str, Any]) -> str:
         return str(stored.get("spec_record", {}).get("path", ""))
     if kind == "convert" and "source" not in stored:
         # Its source is a folder of ours that nobody looks into: the train.yaml that asked for the run is looked at.
-        run = session.manifest.get("train", str(stored.get("run", ""))) or {}
+        run = stored if "of" in stored else session.manifest.get("train", str(stored.get("run", ""))) or {}
         return str((run.get("spec_record") or {}).get("path", ""))
     if kind == "publish":
         return str(stored.get("model", ""))
@@ -162,6 +167,8 @@ def tidy_after_convert(session: Session, stored: Mapping[str, Any]) -> None:
     if "finished" not in stored:
         return
     shutil.rmtree(session.folder / stored["finished"], ignore_errors=True)
+    if "of" in stored:
+        return  # an intermediate model: its run may go on
     shutil.rmtree(session.folder / layout.PRIVATE / "frozen" / stored["run"], ignore_errors=True)
     checkpoints = session.folder / layout.CHECKPOINTS
     for folder in checkpoints.glob("step-*"):

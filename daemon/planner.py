@@ -9,10 +9,12 @@ from pathlib import Path
 
 from daemon.config import Settings
 from daemon.index import Fact, Index
+from daemon.intermediates import intermediate_requests, tidy_intermediates
 from daemon.jobs import JobRequest
 from daemon.looks import hints, unmet_wish
 from daemon.material import base_name, wants_generated
 from daemon.pipelines import plan_pipelines
+from daemon.promotion import place, promoted
 from daemon.refusals import refuse, remove_refusal
 from daemon.routing import (
     PictureRules,
@@ -134,7 +136,9 @@ class Planner:
         self._plan_pipelines(session, shape, plan)
         if not pictures.captions or self.caption_gate():  # once the captions stand
             self._plan_translations(session, pictures, plan)
-        plan.requests += convert_requests(session)
+        tidy_intermediates(session)
+        place(session.manifest)
+        plan.requests += convert_requests(session) + intermediate_requests(session)
         if self.settings.webui.kind != "none":
             plan.requests += [
                 request
@@ -249,6 +253,8 @@ class Planner:
             plan.requests.append(train_request(session, run, record))
 
     def _check_base(self, session: Session, spec: TrainSpec, others: Sequence[RecordedRun]) -> None:
+        if spec.vae != "auto":
+            registry.check(spec.vae, "vae", self._models(), self.cache)
         if spec.continue_ is not None:
             unfinished = [run.id for run in others if not run.ended or lacks_model(session, run)]
             if spec.continue_ == "last" and unfinished:
@@ -309,6 +315,8 @@ def _remove_old_refusal(session: Session, name: str, record: SpecRecord) -> None
 
 
 def _wants_publication(session: Session, run: str) -> bool:
+    if promoted(session.manifest).get("run") == run:
+        return True  # somebody asked for it
     try:
         spec = json.loads((session.folder / layout.RUNS / run / "run.json").read_bytes()).get("spec") or {}
     except (OSError, ValueError):

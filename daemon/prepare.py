@@ -7,15 +7,18 @@ one whose session is gone has nobody waiting for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
 from daemon.index import Fact, Index
+from daemon.intermediates import output_of
 from daemon.material import base_name, caption_of, text_beside, training_pictures
+from daemon.outcomes import record_kind
 from daemon.pipelines import pipeline_at
+from daemon.promotion import is_superseded
 from daemon.routing import ABOUT_LORAS, PictureRules, SpecRecord, wanted_parameters
 from daemon.runs import former_run, read_json, read_spec_record
 from daemon.searching import Searching
@@ -47,6 +50,7 @@ class Preparer:
         rules: parameters of the pictures' outputs.
         network: () → the salient-object network that is here.
         searching: the index of the search, where it is switched on.
+        crew: the devices that share a training; none where each GPU works for itself.
     """
 
     root: Path
@@ -56,6 +60,7 @@ class Preparer:
     rules: PictureRules
     network: Callable[[], SegmentNetwork | None] = lambda: None
     searching: Searching | None = None
+    crew: Sequence[str] = ()
 
     def payload(self, kind: str, session_id: str, stored: Mapping[str, Any]) -> dict[str, Any]:
         """The payload of a job, as docs/architecture.md lists it.
@@ -218,6 +223,7 @@ class Preparer:
             "disk_reserve": self.settings.limits.disk_reserve,
             "spec_record": spec_record.to_json(),
             **({"wandb": self.settings.wandb} if self.settings.wandb else {}),
+            "devices": list(self.crew),
         }
         ended = session.manifest.get("train", stored["run"]) or {}
         if ended.get("state") == "finished":
@@ -275,10 +281,17 @@ class Preparer:
     def _convert(self, session: Session, stored: Mapping[str, Any]) -> dict[str, Any]:
         if "source" in stored:
             return self._convert_pipeline(session, stored)
-        if session.manifest.get("convert", stored["run"]) is not None:
+        if session.manifest.get(record_kind("convert", stored), stored["run"]) is not None:
             message = f"run {stored['run']} has its model"
             raise Gone(message)
-        return self._conversion(session, stored, session.folder / stored["finished"])
+        source = session.folder / stored["finished"]
+        if "of" not in stored:
+            return self._conversion(session, stored, source)
+        if not source.is_dir():
+            message = f"{source} is gone"
+            raise Gone(message)
+        output = os.fspath(output_of(session, stored))
+        return {**self._conversion(session, stored, source), "output": output, "beside": os.fspath(session.folder)}
 
     def _conversion(self, session: Session, stored: Mapping[str, Any], source: Path) -> dict[str, Any]:
         metadata, preview = stored.get("metadata", {}), stored.get("preview")
@@ -299,11 +312,16 @@ class Preparer:
         if session.manifest.get("publish", stored["run"]) is not None:
             message = f"{model} is published"
             raise Gone(message)
+        if is_superseded(session.manifest, stored["run"]):
+            message = f"another model was promoted in place of {model}"
+            raise Gone(message)
         if not model.exists():
             message = f"{model} is gone"
             raise Gone(message)
         webui = self.settings.webui.model_dump(mode="json")
-        proof = session.folder / layout.RUNS / stored["run"] / "proof.png"
+        made = session.manifest.get("convert", stored["run"]) or {}
+        folder = session.folder / layout.RUNS / str(made.get("of") or stored["run"])
+        proof = folder / (f"proof-step-{made['step']}.png" if "of" in made else "proof.png")
         return {
             "model": os.fspath(model),
             "name": stored["name"],

@@ -16,6 +16,7 @@ from typing import Any
 from daemon.cropping import UNMET, crop_parameters
 from daemon.index import Fact
 from daemon.jobs import JobRequest, job_key
+from daemon.promotion import is_superseded, promoted
 from daemon.session import Session
 from sessions.layout import Shape, session_folder_of
 from sessions.manifest import Record
@@ -217,9 +218,12 @@ ABOUT_LORAS = ("model_kind", "family", "trigger")
 
 def publish_requests(session: Session) -> list[JobRequest]:
     """A publication for each converted model that is meant for the WebUI and is not there yet."""
+    chosen = promoted(session.manifest)
+    # One that was promoted is published as such, whatever became of an earlier attempt.
+    asked = {chosen["run"]: {"promotion": chosen["promotion"]}} if chosen else {}
     return [
         JobRequest(
-            job_key("publish", f"{session.id}/{record['run']}", {}),
+            job_key("publish", f"{session.id}/{record['run']}", asked.get(record["run"], {})),
             "publish",
             session.id,
             record["outputs"][0],
@@ -232,7 +236,9 @@ def publish_requests(session: Session) -> list[JobRequest]:
             },
         )
         for record in session.manifest.of_kind("convert")
-        if record.get("publish", True) and session.manifest.get("publish", record["run"]) is None
+        if record.get("publish", True)
+        and session.manifest.get("publish", record["run"]) is None
+        and not is_superseded(session.manifest, record["run"])
     ]
 
 

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from daemon.promotion import Candidate, candidates
 from daemon.routing import RecordedRun, SpecRecord
 from daemon.session import Session
+from handlers.context import Waiting
+from sessions import layout
 from sessions.layout import RUNS
 from sessions.refusal import Refusal
 
@@ -59,26 +62,32 @@ def failed_runs(session: Session, relative: str) -> list[str]:
 
 
 def former_run(session: Session, wanted: str) -> dict[str, str]:
-    """The finished run that ``continue:`` names: its ``run`` and ``model``, the model's file in the session.
+    """The model that ``continue:`` names: its ``run``, and ``model``, the model's file in the session.
 
     Args:
         session: the session.
-        wanted: ``last``, a run's id, or the name of a run's model, with or without its ending.
+        wanted: ``last`` (the last finished run), a run's id, ``<run>-step-N`` or ``<run>/step-N`` for an intermediate
+            model, or the name of a model's file, with or without its ending.
 
     Raises:
         Refusal: code ``spec``: there is none, or its file is gone.
+        Waiting: it is an intermediate model that has no file yet.
     """
-    made = [
-        {"run": str(record["run"]), "model": str(record["outputs"][0])}
-        for record in session.manifest.of_kind("convert")
-        if record.get("run") and record.get("outputs") and not record.get("source")  # not another trainer's
-    ]
-    here = [each for each in made if (session.folder / each["model"]).is_file()]
-    found = here if wanted == "last" else [each for each in here if wanted in _names(each)]
+    # Another trainer's models have no run that says how they were trained.
+    foreign = {str(record["run"]) for record in session.manifest.of_kind("convert") if record.get("source")}
+    made = [each for each in candidates(session.manifest) if each.name not in foreign]
+
+    def is_meant(each: Candidate) -> bool:
+        return each.step is None if wanted == "last" else each.answers_to(wanted)
+
+    here = [each for each in made if (session.folder / each.file).is_file()]
+    found = [each for each in here if is_meant(each)]
     if found:
-        return found[-1]
-    gone = [each["model"] for each in made if wanted == "last" or wanted in _names(each)]
-    known = ", ".join(each["run"] for each in here)
+        return {"run": found[-1].run, "model": found[-1].file}
+    if (session.folder / layout.FINISHED / wanted.replace("/", "-") / layout.KEPT_FACTS).is_file():
+        raise Waiting(f"continue: {wanted} waits for the file of that model.", retry_after=30.0)
+    gone = [each.file for each in made if is_meant(each)]
+    known = ", ".join(each.name for each in here)
     what = f"The run's model {gone[-1]} is gone." if gone else f"There is no finished run {wanted} in this session."
     raise Refusal(
         "spec",
@@ -90,10 +99,6 @@ def former_run(session: Session, wanted: str) -> dict[str, str]:
 def lacks_model(session: Session, run: RecordedRun) -> bool:
     """Whether a run is finished and its file not made yet."""
     return run.ended == "finished" and session.manifest.get("convert", run.id) is None
-
-
-def _names(made: Mapping[str, str]) -> tuple[str, ...]:
-    return made["run"], made["model"], Path(made["model"]).stem
 
 
 def _spec_record(value: Mapping[str, Any]) -> SpecRecord | None:

@@ -10,8 +10,8 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -188,6 +188,28 @@ class TreeLock:
             descriptor = self._descriptors.pop()
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+@contextmanager
+def nobody_watching(folder: Path) -> Iterator[None]:
+    """Keep daemons away from a folder for a moment, of whatever tree around it and with whatever state.
+
+    Raises:
+        TreeIsHeld: one watches it.
+    """
+    descriptors: list[int] = []
+    try:
+        for above in (folder, *folder.parents):
+            with suppress(OSError):  # no daemon was ever there, or it is not ours to look
+                descriptors.append(os.open(above / PRIVATE / "lock", os.O_RDWR | os.O_CLOEXEC))
+                try:
+                    fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise TreeIsHeld(read_holder(descriptors[-1]), above) from None
+        yield
+    finally:
+        for descriptor in descriptors:
             os.close(descriptor)
 
 

@@ -9,8 +9,10 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from daemon.intermediates import notes_on
 from daemon.jobs import Job
 from daemon.planner import Plan
+from daemon.promotion import is_superseded, promoted
 from daemon.refusals import standing_errors
 from daemon.searching import KIND as EMBED
 from daemon.session import Session
@@ -78,7 +80,7 @@ def describe_session(
         if job.state == "failed" and job.subject not in told
     ]
     facts = next((job.progress.get("facts") or {} for job in running if job.kind == "train"), {})
-    extra = list(notes)
+    extra = [*notes, *notes_on(session)]
     if others:
         shown = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
         verb = "file is" if len(others) == 1 else "files are"
@@ -152,13 +154,20 @@ def _model_line(session: Session, record: Mapping[str, Any]) -> str:
     published = session.manifest.get("publish", str(record["run"]))
     where = "proven"
     if record.get("model_kind") == "lora":
-        return f"{name}  {size(record.get('bytes', 0))}, {_lora_words(name, record, published)}"
+        return f"{name}  {size(record.get('bytes', 0))}, {_lora_words(name, record, published)}{_rank(session, record)}"
     if published:
         proofs = {"picture": "in the WebUI, proven by a picture", "name": "in the WebUI, chosen by its name"}
         where = proofs.get(str(published.get("proof")), "in the WebUI's folder, not chosen")
         if published.get("sd_model_hash"):
             where = f"{where} ({published['sd_model_hash']})"
-    return f"{name}  {size(record.get('bytes', 0))}, {where}"
+    return f"{name}  {size(record.get('bytes', 0))}, {where}{_rank(session, record)}"
+
+
+def _rank(session: Session, record: Mapping[str, Any]) -> str:
+    """Whether a model was promoted, or gave way to one that was."""
+    if promoted(session.manifest).get("run") == record["run"]:
+        return "; promoted"
+    return "; another was promoted in its place" if is_superseded(session.manifest, str(record["run"])) else ""
 
 
 def _lora_words(name: str, record: Mapping[str, Any], published: Mapping[str, Any] | None) -> str:

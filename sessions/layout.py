@@ -27,6 +27,10 @@ PREVIEWS = "previews"
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"
 PRIVATE = ".fastsd"
+FINISHED = f"{PRIVATE}/finished"
+"""Where a run leaves its models, as folders, until their files are proven."""
+KEPT_FACTS = "intermediate.json"
+"""In the folder of an intermediate model: of which run and step it is, and what its file is to say."""
 STATUS = "STATUS.txt"
 SETTINGS = "fastsd.yaml"
 EXAMPLE = "train.example.yaml"
@@ -43,7 +47,7 @@ PICTURE_SUFFIXES = frozenset(
 )
 MODEL_SUFFIXES = frozenset({".safetensors", ".ckpt"})
 # What WebUIs want beside a model that predicts the velocity carries the model's name, which ends in its run's.
-_MODEL_YAML = re.compile(r"-\d{6}-[0-9a-f]{4}\.yaml$")
+_MODEL_YAML = re.compile(r"-\d{6}-[0-9a-f]{4}(-step-\d+)?\.yaml$")
 _NAME_BYTES = 255
 # The longest ending that an output gets behind its stem, with room for the mark of a second stem ("~jpeg").
 _STEM_BYTES = _NAME_BYTES - 32
@@ -250,6 +254,11 @@ def model_stem(session_name: str, run: str) -> str:
     """``<name>-<id>``: the stem of a finished model's file, safe on every file system and in a WebUI's list."""
     safe = re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", session_name).strip(" .") or "model"
     return f"{_cut(safe, session_name)}-{run}"
+
+
+def kept_name(run: str, step: int) -> str:
+    """What the intermediate model of a run is known by: ``<run>-step-N``, N counted in stage 2."""
+    return f"{run}-step-{step}"
 
 
 def lora_prompt(stem: str, trigger: str) -> str:

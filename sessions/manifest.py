@@ -19,6 +19,8 @@ from sessions import __version__, layout
 from sessions.files import append_lines, write_json
 
 Record = dict[str, Any]
+INTERMEDIATE = "intermediate"
+"""Records of intermediate models that have their file; ``run`` is the model's name, ``of`` its run."""
 
 
 def manifest_path(folder: Path) -> Path:

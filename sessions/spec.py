@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,6 +23,7 @@ __all__ = ["SPEC_NAMES", "TrainSpec", "json_schema", "parse_spec"]
 Auto = Literal["auto"]
 PER_IMAGE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*/\s*(?:image|picture)\s*$")
 _EVERY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(s|sec|min|m|h)\s*$")
+_OUTSIDE = re.compile(r"://|\\|^/|^~|^[A-Za-z]:|(^|/)\.\.(/|$)")
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 # Base names the registry knows → side lengths (pixels) that its architecture was made for.
@@ -33,10 +35,12 @@ RESOLUTIONS: dict[str, tuple[int, int]] = {
     "sd21": (256, 768),
     "sd21-768": (512, 1024),
     "sdxl": (512, 1536),
+    "flux-dev": (256, 1536),
+    "flux-schnell": (256, 1536),
 }
 # GB of GPU memory without which all of a base cannot be trained, by the smallest of the presets.
 _LEAST_MEMORY = {"sd21-768": 12, "sdxl": 24}
-_LATER_BASES = ("flux-dev", "flux-schnell")
+FLUX = ("flux-dev", "flux-schnell")
 
 
 def _steps(value: object) -> object:
@@ -112,7 +116,7 @@ class TrainSpec(_Section):
         "auto",
         min_length=1,
         max_length=255,
-        description="auto, miniature, sd15, sd21, sd21-768, sdxl, or a name under Models/",
+        description="auto, miniature, sd15, sd21, sd21-768, sdxl, flux-dev, flux-schnell, or a name under Models/",
     )
     method: Auto | Literal["dreambooth", "finetune", "lora", "dora"] = Field(
         "auto", description="auto, dreambooth, finetune, lora or dora"
@@ -153,15 +157,15 @@ class TrainSpec(_Section):
     offset_noise: Auto | Annotated[float, Field(ge=0, le=1)] = Field("auto", description="auto or a number from 0 to 1")
     min_snr: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="null or a number like 5")
     ema: bool = Field(default=False, description="true or false")
-    vae: Token = Field("auto", description="auto or a name under Models/")
+    vae: Token = Field("auto", description="auto, a name of `fastsd models list`, or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")
     validation: Auto | Count = Field("auto", description="auto, a number of pictures to hold out, or 0 for none")
-    save_every: Count = Field(0, description="a number of steps, or 0 for none")
-    save_from: Count = Field(0, description="a number of steps")
+    save_every: Count = Field(0, description="a number of unet steps, or 0 for none")
+    save_from: Count = Field(0, description="the unet step of the first intermediate model; 0: save_every")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")
     continue_: Annotated[str, Field(max_length=255)] | None = Field(
-        None, alias="continue", description="null, last, or the name of a run"
+        None, alias="continue", description="null, last, or the name of a run or of a model of one"
     )
     publish: bool = Field(default=True, description="true or false")
     name: Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[^/\\\x00-\x1f]+$")] | None = Field(
@@ -193,6 +197,14 @@ def seconds_of(value: int | str) -> float | None:
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
+def kept_steps(save_every: int, save_from: int, unet_steps: int) -> range:
+    """The steps of stage 2 after which an intermediate model is kept; that of the last step is the result.
+
+    As in fast-stable-diffusion: the first at ``save_from``, then every ``save_every``.
+    """
+    return range(save_from or save_every, unet_steps, save_every) if save_every else range(0)
+
+
 def parse_spec(text: str) -> TrainSpec:
     """Read the text of a ``train.yaml``. An empty file, or one of comments alone, is the defaults.
 
@@ -205,7 +217,6 @@ def parse_spec(text: str) -> TrainSpec:
     except ValidationError as error:
         raise _refusal(error, lines) from None
     _refuse_combinations(spec, lines)
-    _refuse_what_comes_later(spec, lines)
     return spec
 
 
@@ -291,13 +302,14 @@ def _bad_value(key: tuple[str, ...], lines: Lines) -> tuple[str, str]:
 
 
 def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
-    if re.search(r"://|\\|^/|^~|^[A-Za-z]:|(^|/)\.\.(/|$)", spec.base):
-        raise Refusal(
-            "spec",
-            f"base: {spec.base} points outside of the tree.",
-            "Put the file or folder under Models/ and write its name.",
-            lines.of("base"),
-        )
+    for key, name in (("base", spec.base), ("vae", spec.vae)):
+        if _OUTSIDE.search(name):
+            raise Refusal(
+                "spec",
+                f"{key}: {name} points outside of the tree.",
+                "Put the file or folder under Models/ and write its name.",
+                lines.of(key),
+            )
     smallest, largest = RESOLUTIONS.get(spec.base, (64, 2048))
     if isinstance(spec.resolution, int) and not smallest <= spec.resolution <= largest:
         raise Refusal(
@@ -321,6 +333,9 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "Use method: lora.",
             lines.of("memory"),
         )
+    problem = flux_problem(spec, spec.method, spec.base) if spec.base in FLUX else None
+    if problem:
+        raise Refusal("spec", problem.what, problem.advice, lines.of(*problem.key))
     if spec.continue_ is not None and spec.base != "auto":
         raise Refusal(
             "spec",
@@ -335,20 +350,81 @@ def _refuse_combinations(spec: TrainSpec, lines: Lines) -> None:
             "Give one of them steps, or leave them out.",
             lines.of("unet", "steps"),
         )
+    _refuse_keeping_nothing(spec, lines)
 
 
-def _refuse_what_comes_later(spec: TrainSpec, lines: Lines) -> None:
-    """Keys that the design has and this version does not do: refused, so that nobody believes that they worked."""
-    later = [
-        (
-            spec.base in _LATER_BASES,
-            ("base",),
-            f"base: {spec.base}",
-            "Use sd15, sd21, sdxl, or a model of theirs under Models/.",
-        ),
-        (spec.vae != "auto", ("vae",), "another VAE", "Use auto: the base's own."),
-        (spec.save_every > 0, ("save_every",), "intermediate models", "Leave save_every out."),
-    ]
-    for asked, key, name, advice in later:
-        if asked:
-            raise Refusal("spec", f"{name} comes with a later version of fastsd.", advice, lines.of(*key))
+def _refuse_keeping_nothing(spec: TrainSpec, lines: Lines) -> None:
+    if spec.save_from and not spec.save_every:
+        raise Refusal(
+            "spec",
+            f"save_from: {spec.save_from} says from when on intermediate models are kept, and save_every keeps none.",
+            "Write a number of steps for save_every, or leave save_from out.",
+            lines.of("save_from"),
+        )
+    if isinstance(spec.unet.steps, int):
+        require_kept(spec, spec.unet.steps, lines.of("save_from" if spec.save_from else "save_every"))
+
+
+def require_kept(spec: TrainSpec, unet_steps: int, line: int | None = None) -> None:
+    """Refuse to keep intermediate models of a run that ends before the first of them.
+
+    Args:
+        spec: the train.yaml.
+        unet_steps: what its run has.
+        line: of the key at fault, where it is known.
+
+    Raises:
+        Refusal: code ``spec``.
+    """
+    if spec.save_every and not kept_steps(spec.save_every, spec.save_from, unet_steps):
+        first = spec.save_from or spec.save_every
+        raise Refusal(
+            "spec",
+            f"The first intermediate model would be that of step {first}, and the run has {unet_steps} unet steps.",
+            f"Write a {'save_from' if spec.save_from else 'save_every'} below {unet_steps}, or leave it out.",
+            line,
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that cannot be: the key at fault, what is wrong, and what to write instead."""
+
+    key: tuple[str, ...]
+    what: str
+    advice: str
+
+
+def flux_problem(spec: TrainSpec, method: str, base: str) -> Problem | None:
+    """What a train.yaml asks of a Flux base that it does not do; None where nothing.
+
+    Args:
+        spec: the file.
+        method: as written, or what ``auto`` means.
+        base: the base's name.
+    """
+    if method in ("dreambooth", "finetune"):
+        return Problem(
+            ("method",),
+            f"All of {base} cannot be trained: 12 billion numbers, their gradients and moments fit no single GPU.",
+            "Use method: lora, or dora.",
+        )
+    if spec.text_encoder.steps not in ("auto", 0):
+        return Problem(
+            ("text_encoder", "steps"),
+            f"The text encoders of {base} are not trained.",
+            "Leave text_encoder out, or write steps: 0.",
+        )
+    if spec.min_snr is not None:
+        return Problem(
+            ("min_snr",),
+            f"min_snr weighs the noise schedules of Stable Diffusion; {base} learns a flow, which has none.",
+            "Leave min_snr out.",
+        )
+    if spec.offset_noise not in ("auto", 0):
+        return Problem(
+            ("offset_noise",),
+            f"offset_noise mends schedules that never come to pure noise; {base} learns a flow, which does.",
+            "Leave offset_noise out.",
+        )
+    return None

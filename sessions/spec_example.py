@@ -34,16 +34,16 @@ EXAMPLE = """\
 #offset_noise: auto     # 0.1 for styles
 #min_snr: null
 #ema: false
-#vae: auto
+#vae: auto              # another VAE: a name of `fastsd models list`, or a file or folder under Models/
 
 ## What to see and keep
 #checkpoint_every: 10min   # or a number of steps
 #sample_every: auto        # pictures in previews/ while it trains: a number of steps, 0 for none
 #validation: auto          # pictures held out to measure with: a number, 0 for none; auto: a tenth, from 40 pictures on
 #prompts: auto             # what they show, like ["a photo of zwx dog", "zwx dog on the moon"]
-#save_every: 0
-#save_from: 0
-#continue: null            # last, or the name of a run or of its model: more steps from there
+#save_every: 0             # a number of unet steps: a model of every so many, in runs/
+#save_from: 0              # the unet step of the first of them; 0: save_every
+#continue: null            # last, or the name of a run or of a model of one: more steps from there
 #publish: true             # into the WebUI when done
 #start: auto               # now: do not wait until all pictures have arrived
 

@@ -50,6 +50,18 @@ def ask_daemon(root: Path | None, command: str, **parameters: Any) -> Answer:
         raise WrongUse(f"No daemon watches {state.root}. Start one with: fastsd up {state.root}") from None
 
 
+def watched_by(folder: Path) -> State | None:
+    """The tree of a running daemon of this machine that a folder (all links followed) lies in."""
+    for state in State.all(os.environ):
+        if state.root == folder or state.root in folder.parents:
+            try:
+                ask(state.socket, "status", timeout=2.0)
+            except NoDaemon:
+                continue
+            return state
+    return None
+
+
 def complain(message: str, code: int) -> int:
     """Say on stderr what is wrong; returns the exit code."""
     print(f"fastsd: {message}", file=sys.stderr)

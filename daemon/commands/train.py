@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from daemon.cli import CONFIGURATION, DONE, FAILED, USAGE
-from daemon.client import NoDaemon, ask
-from daemon.commands.roots import complain, print_json
+from daemon.commands.roots import complain, print_json, watched_by
 from daemon.commands.up import run_tree
 from daemon.config import BadSettings, load_settings
 from daemon.state import State
@@ -24,10 +23,10 @@ def train(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder.resolve()
     if not folder.is_dir():
         return complain(f"{arguments.folder} is no folder", USAGE)
-    watcher = _watching_daemon(folder)
+    watcher = watched_by(folder)
     if watcher is not None:
         advice = f"Put a train.yaml into {folder} instead, or stop that daemon first."
-        return complain(f"a daemon watches {watcher}, and this folder with it. {advice}", FAILED)
+        return complain(f"a daemon watches {watcher.root}, and this folder with it. {advice}", FAILED)
     try:
         settings = load_settings(folder)
     except BadSettings as error:
@@ -72,14 +71,3 @@ def _prompt(model: Path, record: Record) -> str | None:
 
 def _models(folder: Path) -> list[Record]:
     return [dict(record) for record in Manifest.load(folder).of_kind("convert")]
-
-
-def _watching_daemon(folder: Path) -> Path | None:
-    for state in State.all(os.environ):
-        if state.root == folder or state.root in folder.parents:
-            try:
-                ask(state.socket, "status", timeout=2.0)
-            except NoDaemon:
-                continue
-            return state.root
-    return None

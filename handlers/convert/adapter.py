@@ -1,4 +1,7 @@
-"""A trained adapter → the one file that WebUIs read: kohya's layout with its metadata, proven before it gets its name.
+"""A trained adapter → the one file that WebUIs read, with kohya's metadata, proven before it gets its name.
+
+SD's is in kohya's layout; Flux' in the dotted names of diffusers and peft, with kohya's ``.alpha`` beside each pair:
+kohya's flat names of Flux speak of layers that hold q, k and v together, where an adapter has a pair for each.
 
 The source is what a run with ``method: lora`` or ``dora`` leaves: diffusers' file of tensors, and ``adapter.json``.
 """
@@ -34,7 +37,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER_FACTS = "adapter.json"
 _VARIANTS = ("dora",)
 # What kohya's scripts call the bases; A1111 sorts LoRAs by it.
-_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0", "flux": "flux1"}
 _AGAIN = "Train again: save train.yaml once more."
 
 
@@ -84,7 +87,9 @@ def read_facts(folder: Path) -> AdapterFacts:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refusal("source", f"The {ADAPTER_FACTS} of {folder.name} is damaged.", _AGAIN) from None
     if family not in LORA_FAMILIES:
-        raise Refusal("source", f"{folder.name} holds an adapter of {family}.", "SD 1, SD 2 and SDXL are converted.")
+        raise Refusal(
+            "source", f"{folder.name} holds an adapter of {family}.", "SD 1, SD 2, SDXL and Flux are converted."
+        )
     return facts
 
 
@@ -108,7 +113,7 @@ def convert_adapter(
         metadata: title, date, trigger_phrase … for the header.
         verify: ``header``, ``sample`` or ``all`` (the file is read again and compared with its source), or ``forward``
             (``all``, then the base computes with it what it computes with the source; imports torch). Without its
-            base ``forward`` becomes ``all``.
+            base, or memory for it, ``forward`` becomes ``all``.
         base: what it was trained on; None where that is not on this machine any more.
         device: for ``forward``.
         progress: called with (bytes done, bytes in all, what is done); may raise to stop.
@@ -138,7 +143,8 @@ def convert_adapter(
             from handlers.convert.adapter_forward import compare_adapters  # torch: only for this proof
 
             progress(total, total, "checking that it computes the same")
-            compare_adapters(temporary, source / ADAPTER_FILE, base, facts, device)
+            if not compare_adapters(temporary, source / ADAPTER_FILE, base, facts, device):
+                verify = "all"
         size = temporary.stat().st_size
     verified = "all" if verify == "forward" and base is None else verify
     return Converted(output, facts.pipeline, size, len(plan), verified, time.monotonic() - began)

@@ -1,9 +1,9 @@
 """The last proof of an adapter: the base computes with the written file what it computes with the trained one.
 
 A LoRA is read by diffusers' own reader, whose table of names is another one than ours. That reader leaves a DoRA's
-lengths out of kohya's layout, so a DoRA is put into the base's weights as its paper has it, m · (W + BA) / |W + BA| in
+lengths out of that layout, so a DoRA is put into the base's weights as its paper has it, m · (W + BA) / |W + BA| in
 each row (Liu et al. 2024, eq. 5), and what peft makes of the trained one is compared with that, layer by layer; then
-the base is in memory twice. Imports torch.
+the base is in memory twice. Where memory does not hold the base, a hollow one takes its place. Imports torch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from handlers.caption.memory import free_memory
 from handlers.convert.adapter import AdapterFacts
+from handlers.convert.adapter_hollow import compare_hollow
 from handlers.convert.forward import FAILURES, compare_outputs, output_of
-from handlers.convert.lora import read_lora
+from handlers.convert.lora import halves_of, read_lora
 from handlers.convert.lora_names import Module, to_kohya
 from handlers.convert.quiet import quiet_libraries
 from handlers.convert.verify import Unproven
@@ -32,23 +34,35 @@ _SOURCE, _WRITTEN = "source", "written"
 Tensors = Mapping[str, torch.Tensor]
 
 
-def compare_adapters(file: Path, source: Path, base: BaseModel, facts: AdapterFacts, device: str = "cpu") -> None:
+def compare_adapters(file: Path, source: Path, base: BaseModel, facts: AdapterFacts, device: str = "cpu") -> bool:
     """Compute with a written adapter and with its source on fixed inputs; a LoRA's tensors are compared as well.
 
+    A base as large as Flux is computed with on the CPU, and only where there is memory for it.
+
     Args:
-        file: in kohya's layout.
+        file: as WebUIs read it.
         source: the trained tensors, as diffusers names them.
         base: what it was trained on.
         facts: of the adapter.
         device: where to compute.
 
+    Returns:
+        Whether the base computed; False: there is too little memory, and what could be compared without it was.
+
     Raises:
         Unproven: diffusers cannot read the file, or reads something else than the source, or an output differs.
     """
     quiet_libraries()
+    is_large = base.training.draws_from_embeddings
+    device = "cpu" if is_large else device
     written = load_file(file)
-    kind = next(tensor.dtype for key, tensor in written.items() if key.endswith(".lora_down.weight"))
+    down = halves_of(facts.pipeline.family)[0]
+    kind = next(tensor.dtype for key, tensor in written.items() if key.endswith(f".{down}.weight"))
     trained = {key: tensor.to(kind) for key, tensor in load_file(source).items()}
+    if is_large and _bytes_of(base, facts) > free_memory():
+        if facts.method == "lora":
+            compare_hollow(file, trained, base, facts)
+        return False
     whole = _loaded(base)
     wanted = {}
     for part in facts.parts:
@@ -68,6 +82,14 @@ def compare_adapters(file: Path, source: Path, base: BaseModel, facts: AdapterFa
         _read(whole, file, facts.parts)
     for part, output in wanted.items():
         compare_outputs(part, output_of(part, getattr(whole, part), device), output)
+    return True
+
+
+def _bytes_of(base: BaseModel, facts: AdapterFacts) -> int:
+    """Memory that it takes to compute with a base in float32, with a DoRA twice; its text encoders come and go."""
+    counts = base.parameters()
+    encoders = 2 * sum(counts[name] for name in base.training.encoders)
+    return encoders + 4 * counts[base.training.denoiser] * (2 if facts.method == "dora" else 1)
 
 
 def _is_of(part: str, key: str) -> bool:
@@ -76,6 +98,9 @@ def _is_of(part: str, key: str) -> bool:
 
 def _loaded(base: BaseModel) -> Any:
     pipeline = base.load_pipeline()
+    if base.training.draws_from_embeddings:
+        for name in base.training.encoders:
+            setattr(pipeline, name, None)  # an adapter does not change them, and the denoiser needs their room
     return base.training.assemble(pipeline, base.load_denoiser(), pipeline.scheduler)
 
 
@@ -126,9 +151,8 @@ def _merge(whole: Any, file: Path, tensors: Tensors, family: str) -> None:
     """Add a DoRA, a file and its tensors, to the weights of a pipeline."""
     for pair in read_lora(file, ("dora",)).pairs:
         name = to_kohya(pair.module, family)
-        down, up, scale = (
-            tensors[f"{name}.{half}"].float() for half in ("lora_down.weight", "lora_up.weight", "dora_scale")
-        )
+        halves = (*(f"{half}.weight" for half in halves_of(family)), "dora_scale")
+        down, up, scale = (tensors[f"{name}.{half}"].float() for half in halves)
         weight = _layer(whole, pair.module).weight
         changed = weight.data + pair.alpha / pair.rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         lengths = changed.flatten(1).norm(dim=1).reshape(scale.shape)

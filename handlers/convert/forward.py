@@ -181,15 +181,15 @@ def _inputs(name: str, config: Any) -> dict[str, Any]:
             inputs["added_cond_kwargs"] = added
         return inputs
     if name == "transformer":
-        return {
+        inputs = {
             "hidden_states": random(1, 16, config.in_channels),
             "encoder_hidden_states": random(1, 7, config.joint_attention_dim),
             "pooled_projections": random(1, config.pooled_projection_dim),
             "timestep": torch.tensor([0.5]),
             "img_ids": random(16, 3),
             "txt_ids": torch.zeros(7, 3),
-            "guidance": torch.tensor([3.5]),
         }
+        return {**inputs, "guidance": torch.tensor([3.5])} if config.guidance_embeds else inputs
     if name == "vae":
         return {"sample": random(1, 3, 64, 64)}
     return {"input_ids": torch.randint(0, config.vocab_size, (1, 16), generator=generator)}

@@ -32,7 +32,7 @@ class ConvertHandler:
         picture to lie beside the model), ``run``, ``vae`` (another one to put in, or ``none``), ``known`` (``outputs``
         and ``facts`` of an earlier conversion, given back where they still hold every byte of the folder); of a file
         also ``like`` (a Diffusers folder of the same shape) and ``weights``; of an adapter also ``models`` (where its
-        base may lie).
+        base may lie) and ``beside`` (where else, if not beside the output).
 
         Raises:
             Refusal, Waiting, Cancelled, Stopping: as every handler.
@@ -113,9 +113,9 @@ def _base_of(context: JobContext, source: Path) -> BaseModel | None:
     """What an adapter was trained on; None where it is not on this machine any more."""
     from handlers.train.base import find_base  # torch: only for this proof
 
-    models = context.payload.get("models")
+    models, beside = context.payload.get("models"), context.payload.get("beside")
     # A run that went on from another one stands on that one's model, which lies beside its own.
-    for folder in (Path(models) if models else None, Path(context.payload["output"]).parent):
+    for folder in (Path(models) if models else None, Path(beside or Path(context.payload["output"]).parent)):
         with suppress(Waiting, Refusal):
             return find_base(read_facts(source).base, folder, context.cache)
     return None

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from handlers.convert.header import read_header
-from handlers.convert.lora_names import LORA_FAMILIES, Module, from_diffusers, from_kohya, to_diffusers, to_kohya
+from handlers.convert.lora_names import (
+    DOTTED,
+    LORA_FAMILIES,
+    Module,
+    from_diffusers,
+    from_kohya,
+    to_diffusers,
+    to_kohya,
+)
 from handlers.convert.pieces import exactly
 from handlers.convert.plan import Entry, Located, whole
 from handlers.models.probe import Probe, probe
@@ -76,7 +84,7 @@ class Lora:
 
     Attributes:
         path: where it lies.
-        family: sd1, sd2 or sdxl; None where neither names nor shapes tell.
+        family: sd1, sd2, sdxl or flux; None where neither names nor shapes tell.
         pairs: in the order of the file.
         metadata: of its header, less what speaks of its layout.
     """
@@ -118,7 +126,7 @@ def read_lora(path: Path, variants: Collection[str] = ()) -> Lora:
     return Lora(path, found.family, pairs, metadata)
 
 
-_FAMILIES = "LoRAs of SD 1, SD 2 and SDXL are converted."
+_FAMILIES = "LoRAs of SD 1, SD 2 and SDXL are converted, and those of Flux in diffusers' or peft's names."
 
 
 def _require_lora(path: Path, found: Probe, variants: Collection[str]) -> None:
@@ -128,6 +136,9 @@ def _require_lora(path: Path, found: Probe, variants: Collection[str]) -> None:
         raise Refusal("source", f"{path.name} is a {found.variant}, no plain LoRA.", "Use a plain LoRA or LoCon.")
     if found.family not in (None, *LORA_FAMILIES):
         raise Refusal("source", f"{path.name} is a LoRA of {found.family}.", _FAMILIES)
+    if found.family == DOTTED and found.layout == "kohya":
+        what = f"{path.name} is a LoRA of flux in kohya's names, where one pair speaks of several layers."
+        raise Refusal("source", what, _FAMILIES)
 
 
 def _parse(key: str) -> tuple[Module | None, str]:
@@ -227,7 +238,7 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
 
     Args:
         lora: the LoRA.
-        layout: ``kohya`` or ``diffusers`` (with peft's names).
+        layout: ``kohya`` (of Flux: dotted names, with kohya's alphas and lengths) or ``diffusers`` (with peft's names).
         family: where the file does not tell.
 
     Raises:
@@ -249,10 +260,15 @@ def plan_lora(lora: Lora, layout: Layout, family: str | None = None) -> list[Ent
         if name is None:
             what = f"{lora.path.name} has {pair.module.part}.{pair.module.path}, which {known} has not."
             raise Refusal("source", what, "Is it a LoRA of another family?")
-        entries += _entries(name, pair, "lora_down", "lora_up")
+        entries += _entries(name, pair, *halves_of(known))
         entries += _scale(f"{name}.dora_scale", pair)
         entries.append(scalar(f"{name}.alpha", pair.down.tensor.dtype, pair.alpha))
     return entries
+
+
+def halves_of(family: str) -> tuple[str, str]:
+    """What the two factors are called in the file that WebUIs read."""
+    return ("lora_A", "lora_B") if family == DOTTED else ("lora_down", "lora_up")
 
 
 def scalar(name: str, dtype: str, value: float) -> Entry:
@@ -296,7 +312,7 @@ def adapter_metadata(pairs: Sequence[Pair]) -> str:
         rank = Counter(pair.rank for pair in own).most_common(1)[0][0]
         alpha = Counter(pair.alpha for pair in own).most_common(1)[0][0]
         # A text encoder's path may or may not begin with text_model: ends are compared there, whole paths in a UNet.
-        mark = "^" if part == "unet" else ""
+        mark = "" if part.startswith("text_encoder") else "^"
         table |= {
             f"{part}.r": rank,
             f"{part}.lora_alpha": alpha,

@@ -32,7 +32,11 @@ _KOHYA: Mapping[str, Mapping[str, str]] = {
     "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
 }
 _TEXT = "text_model."
-LORA_FAMILIES = tuple(_KOHYA)
+# What paths within Flux's transformer begin with, and within no UNet.
+_FLUX = ("transformer_blocks.", "single_transformer_blocks.")
+# kohya's flat names of Flux speak of layers that hold q, k and v together, where an adapter has one pair for each.
+DOTTED = "flux"
+LORA_FAMILIES = (*_KOHYA, DOTTED)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Module:
     """A module of a pipeline.
 
     Attributes:
-        part: ``unet``, ``text_encoder`` or ``text_encoder_2``.
+        part: ``unet``, ``transformer``, ``text_encoder`` or ``text_encoder_2``.
         path: its dotted name there, as diffusers and transformers have it, without ``text_model.``.
     """
 
@@ -79,12 +83,15 @@ def from_kohya(name: str) -> Module | None:
 
 
 def to_kohya(module: Module, family: str) -> str | None:
-    """The kohya name of a module; None where the family has no such component.
+    """The name of a module that WebUIs read: kohya's flat one; None where the family has no such component.
 
     Args:
         module: the module.
-        family: one of ``LORA_FAMILIES``; SDXL's UNet is named as the original code names it, as kohya does.
+        family: one of ``LORA_FAMILIES``; SDXL's UNet is named as the original code names it, as kohya does; Flux has
+            diffusers' dotted names.
     """
+    if family == DOTTED:
+        return to_diffusers(module) if module.part in ("transformer", "text_encoder") else None
     begin = _KOHYA[family].get(module.part)
     if begin is None:
         return None
@@ -101,22 +108,24 @@ def to_kohya(module: Module, family: str) -> str | None:
 def from_diffusers(key: str) -> Module | None:
     """The module of a dotted path that begins with its component, or is of one component alone (peft)."""
     part, _, path = key.partition(".")
-    if part in ("unet", "text_encoder", "text_encoder_2"):
+    if part in ("unet", "transformer", "text_encoder", "text_encoder_2"):
         return _canonical(part, path)
     path = key.removeprefix("base_model.model.")
     is_text = path.startswith(("text_model.", "encoder.layers.", "text_projection"))
-    return _canonical("text_encoder" if is_text else "unet", path)
+    if is_text:
+        return _canonical("text_encoder", path)
+    return _canonical("transformer" if path.startswith(_FLUX) else "unet", path)
 
 
 def to_diffusers(module: Module) -> str:
     """The dotted path that begins with its component, as diffusers saves it."""
-    text = _TEXT if module.part != "unet" and module.path != "text_projection" else ""
+    text = _TEXT if module.part.startswith("text_encoder") and module.path != "text_projection" else ""
     return f"{module.part}.{text}{module.path}"
 
 
 def _canonical(part: str, path: str) -> Module | None:
     if part != "unet":
-        return Module(part, path.removeprefix(_TEXT))
+        return Module(part, path.removeprefix(_TEXT) if part.startswith("text_encoder") else path)
     if not path.startswith(_ORIGINAL):
         return Module(part, path)
     unet = FAMILIES["sdxl"].drawing

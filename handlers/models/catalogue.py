@@ -21,7 +21,7 @@ class Entry:
 
     Attributes:
         name, family, kind, resolution: as in ``registry.Model``.
-        prediction: epsilon, v or flow; "" for a captioner, a search model or a segment network.
+        prediction: epsilon, v or flow; "" for what does not draw by itself.
         origin: the hub id, the https address of the one file, or ``BUILT_IN``.
         bytes: the size of its download, roughly.
         index: the file that stands for the whole download.
@@ -145,6 +145,30 @@ _TABLE = (
         parts=_FLUX,
         single=("flux1-schnell.safetensors", "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a"),
         licence="Apache-2.0",
+    ),
+    Entry(
+        "sd-vae-ft-mse",
+        "sd1",
+        "vae",
+        0,
+        "",
+        "stabilityai/sd-vae-ft-mse",
+        int(0.3 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
+    ),
+    Entry(
+        "sdxl-vae-fp16-fix",
+        "sdxl",
+        "vae",
+        0,
+        "",
+        "madebyollin/sdxl-vae-fp16-fix",
+        int(0.6 * GIB),
+        index="config.json",
+        parts=("",),
+        licence="MIT",
     ),
     Entry(
         "kosmos-2",

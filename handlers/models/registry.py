@@ -20,7 +20,7 @@ SINGLE_FILES = (".safetensors", ".ckpt")
 _BASES = frozenset({"checkpoint", "diffusers"})
 _USUAL_RESOLUTION = 512
 GPU_FOR_SDXL = 12 * 1024**3
-_NOUNS = {"captioner": "captioner", "search": "search model", "translator": "translator"}
+_NOUNS = {"captioner": "captioner", "search": "search model", "translator": "translator", "vae": "VAE"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def check(name: str, kind: str, models_folder: Path | None, cache: Path) -> Mode
 
     Args:
         name: a registered name, ``auto``, or a name, file or folder under ``models_folder`` (with or without suffix).
-        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner``, ``search`` or
-            ``translator``.
+        kind: ``checkpoint`` (or ``diffusers``: either is a base, file or folder), ``captioner``, ``search``,
+            ``translator`` or ``vae``.
         models_folder: the tree's ``Models/``; None where there is none.
         cache: the folder of downloads and built miniatures.
 
@@ -138,7 +138,7 @@ def _without_auto(name: str, wanted: frozenset[str]) -> str:
         return {"auto": "kosmos-2", "miniature": "miniature-captioner"}.get(name.lower(), name)
     if "search" in wanted:
         return {"auto": "siglip2-base", "miniature": "miniature-search"}.get(name.lower(), name)
-    if "translator" in wanted:
+    if wanted & {"translator", "vae"}:
         return name
     return auto_base(0) if name.lower() == "auto" else name
 

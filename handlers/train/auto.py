@@ -16,7 +16,7 @@ from handlers.train.holdout import how_many
 from handlers.train.memory import Means, Optimizer
 from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
 from sessions.refusal import Refusal
-from sessions.spec import RESOLUTIONS, TrainSpec, seconds_of, steps_of
+from sessions.spec import RESOLUTIONS, TrainSpec, flux_problem, kept_steps, require_kept, seconds_of, steps_of
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -63,6 +63,7 @@ _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
     ("sdxl", "dreambooth", None, _NO_TEXT, _ANCESTOR),
     ("sdxl", "finetune", None, _NO_TEXT, _ANCESTOR),
     ("sdxl", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
+    ("flux", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
 )
 ADAPTERS = ("lora", "dora")
 # Pictures a step. A miniature's step of 6 costs little more than one of 1, and its lessons are short.
@@ -75,9 +76,18 @@ GUIDANCE = 7.5
 # More than this tears the edges of what a miniature draws, and class pictures would teach it the tears: old shapes fell
 # from 95 to 78 % with 7.5, and stayed with 3.
 MINIATURE_GUIDANCE = 3.0
+# Of FLUX.1 [dev], a number that it is told; [schnell] is told none.
+FLUX_GUIDANCE = 3.5
+# Where not the base's: a step of Flux at 1024 pixels takes four times as long, and what is learned at 512 shows there.
+_RESOLUTION = {"flux": 512}
 _OFFSET_NOISE = {"style": 0.1}
 # Pixels of a side that a family can be trained at; a base known by name has its own bounds in the spec.
-_SIDES = {"sd1": RESOLUTIONS["sd15"], "sd2": (256, 1024), "sdxl": RESOLUTIONS["sdxl"]}
+_SIDES = {
+    "sd1": RESOLUTIONS["sd15"],
+    "sd2": (256, 1024),
+    "sdxl": RESOLUTIONS["sdxl"],
+    "flux": RESOLUTIONS["flux-dev"],
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,10 @@ class Plan:
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         validation: pictures that are held out.
         ema: whether the result is a moving average.
-        optimizer, at_once, checkpointing, offload, fused_backward: as in ``memory.Means``; at_once 0 is a whole step.
+        optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a
+            whole step.
+        save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
+        vae: the name of a VAE in place of the base's; ``auto``: the base's.
     """
 
     base: str
@@ -161,8 +174,17 @@ class Plan:
     optimizer: Optimizer = "adamw"
     at_once: int = 0
     checkpointing: bool = False
+    quantised: bool = False
     offload: bool = False
     fused_backward: bool = False
+    save_every: int = 0
+    save_from: int = 0
+    vae: str = "auto"
+
+    @property
+    def kept_steps(self) -> range:
+        """The steps of stage 2 after which an intermediate model is kept."""
+        return kept_steps(self.save_every, self.save_from, self.unet_steps)
 
     @property
     def pictures_a_step(self) -> int:
@@ -175,6 +197,7 @@ class Plan:
         return Means(
             at_once=self.at_once or self.pictures_a_step,
             checkpointing=self.checkpointing,
+            quantised=self.quantised,
             offload=self.offload,
             optimizer=self.optimizer,
             fused_backward=self.fused_backward,
@@ -202,6 +225,8 @@ class Plan:
     @property
     def guidance(self) -> float:
         """The classifier-free guidance with which its base draws samples and class pictures."""
+        if self.family == "flux":
+            return FLUX_GUIDANCE
         return MINIATURE_GUIDANCE if self.miniature else GUIDANCE
 
     @property
@@ -241,9 +266,11 @@ def make_plan(
         Refusal: code ``spec``: a combination that the base cannot do.
     """
     method = _method(base) if spec.method == "auto" else spec.method
+    if base.family == "flux":
+        _check_flux(spec, base, method)
     concept = _concept(pictures) if spec.concept == "auto" else spec.concept
     text_encoder, unet = _amounts(base, method, concept)
-    resolution = base.resolution if spec.resolution == "auto" else spec.resolution
+    resolution = _RESOLUTION.get(base.size_class, base.resolution) if spec.resolution == "auto" else spec.resolution
     _check_resolution(base, resolution)
     instance = instance_token([str(picture["source"]) for picture in pictures], session)
     held_out = how_many(spec.validation, len(pictures), spec.instance)
@@ -251,6 +278,7 @@ def make_plan(
     text_encoder_steps = steps_of(spec.text_encoder.steps, count)
     unet_steps = steps_of(spec.unet.steps, count)
     unet_steps = unet.steps(count) if unet_steps is None else unet_steps
+    require_kept(spec, unet_steps)
     every = spec.checkpoint_every
     return Plan(
         base=base.name,
@@ -270,7 +298,7 @@ def make_plan(
         schedule=spec.schedule,
         precision=precision if spec.precision == "auto" else spec.precision,
         seed=spec.seed,
-        offset_noise=_OFFSET_NOISE.get(concept, 0.0) if spec.offset_noise == "auto" else spec.offset_noise,
+        offset_noise=_offset_noise(base, concept) if spec.offset_noise == "auto" else spec.offset_noise,
         min_snr=_MIN_SNR.get(base.size_class) if spec.min_snr is None else spec.min_snr,
         checkpoint_steps=every if isinstance(every, int) else None,
         checkpoint_seconds=seconds_of(every),
@@ -287,12 +315,27 @@ def make_plan(
         validation=held_out,
         ema=spec.ema,
         optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
+        save_every=spec.save_every,
+        save_from=spec.save_from,
+        vae=spec.vae,
     )
 
 
 def _method(base: Base) -> str:
-    """All of SDXL takes 40 GB to train; an adapter takes 12."""
-    return "lora" if base.size_class == "sdxl" else "dreambooth"
+    """All of SDXL takes 40 GB to train; an adapter takes 12. All of Flux takes more than any card has."""
+    return "lora" if base.size_class in ("sdxl", "flux") else "dreambooth"
+
+
+def _check_flux(spec: TrainSpec, base: Base, method: str) -> None:
+    """Refuse what Flux does not do; ``sessions.spec`` says the same with the line, where the base's name tells."""
+    problem = flux_problem(spec, method, base.name)
+    if problem:
+        raise Refusal("spec", problem.what, problem.advice)
+
+
+def _offset_noise(base: Base, concept: str) -> float:
+    """It mends schedules that never come to pure noise; a flow does."""
+    return 0.0 if base.family == "flux" else _OFFSET_NOISE.get(concept, 0.0)
 
 
 def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:

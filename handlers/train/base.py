@@ -26,16 +26,19 @@ from handlers.train.families import FAMILIES, Family, family_of
 from handlers.train.trainable import is_adapted
 from sessions.refusal import Refusal
 
-# Where the first text encoder's words lie in one file of SD 1, SD 2 and SDXL.
+# Where the first text encoder's words lie in one file of SD 1, SD 2, SDXL and Flux.
 _TOKENS = (
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     "cond_stage_model.model.token_embedding.weight",
     "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+    "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight",
 )
 _MINIATURES = {"sd1": "miniature", "sd2": "miniature-sd2", "sdxl": "miniature-sdxl"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Latent channels that the UNet reads in; more are a mask and a masked picture, or a picture to be changed.
-_LATENT_CHANNELS = 4
+# Channels that a denoiser reads for each of the latents'; more are a mask and a masked picture, or a picture to be
+# changed. Flux reads squares of four.
+_READ_PER_LATENT = {"unet": 1, "transformer": 4}
+_PLAIN_FLUX = "FluxPipeline"
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,12 @@ class BaseModel:
         return Base(self.model.name, self.training.name, self.model.resolution or 512, miniature)
 
     def load_pipeline(self) -> Any:
-        """All but the denoiser: a pipeline with VAE, text encoders, tokenizers and scheduler, in float32 on the CPU."""
-        # transformers keeps the type of the file where diffusers converts.
-        return self.training.load(self.folder).to(dtype=torch.float32)
+        """All but the denoiser: a pipeline with VAE, text encoders, tokenizers and scheduler, on the CPU."""
+        return self.training.load(self.folder)
 
-    def load_denoiser(self) -> Any:
-        """A fresh UNet or transformer of the base, in float32 on the CPU."""
-        return self.training.load_denoiser(self.folder)
+    def load_denoiser(self, dtype: torch.dtype = torch.float32) -> Any:
+        """A fresh UNet or transformer of the base, on the CPU."""
+        return self.training.load_denoiser(self.folder, dtype)
 
     def parameters(self) -> dict[str, int]:
         """How many numbers each component holds, told from headers.
@@ -127,10 +129,10 @@ def find_base(name: str, models: Path | None, cache: Path, gpu_bytes: int = 0) -
         raise Refusal(
             "spec",
             f"{name} is of the family {model.family}, which comes with a later version.",
-            "Use an SD 1, SD 2 or SDXL base.",
+            "Use an SD 1, SD 2, SDXL or Flux base.",
         )
     folder = model.path if model.path.is_dir() else unpacked(model, models, cache)
-    _refuse_variants(name, folder)
+    _refuse_variants(name, folder, family_of(model.family).denoiser)
     return BaseModel(model, folder)
 
 
@@ -175,27 +177,37 @@ def _like(model: Model, models: Path | None, cache: Path) -> Path | None:
     beside = model.path.with_suffix("")
     if (beside / "model_index.json").is_file() and _width_of(beside) == width:
         return beside
+    name = _MINIATURES.get(model.family or "sd1")
     with suppress(Waiting):
-        miniature = registry.find(_MINIATURES[model.family or "sd1"], "checkpoint", models, cache).path
-        if _width_of(miniature) == width:
+        miniature = registry.find(name, "checkpoint", models, cache).path if name else None
+        if miniature and _width_of(miniature) == width:
             return miniature
     return None
 
 
-def _refuse_variants(name: str, folder: Path) -> None:
+def _refuse_variants(name: str, folder: Path, denoiser: str) -> None:
     """Refuse a base that draws with more than a prompt: it would learn from a mask that is not there.
 
     Raises:
         Refusal: code ``base``.
     """
     try:
-        channels = json.loads((folder / "unet" / "config.json").read_bytes())["in_channels"]
+        channels = json.loads((folder / denoiser / "config.json").read_bytes())["in_channels"]
+        latent = json.loads((folder / "vae" / "config.json").read_bytes())["latent_channels"]
+        kind = json.loads((folder / "model_index.json").read_bytes())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if channels != _LATENT_CHANNELS:
+    if denoiser == "transformer" and kind != _PLAIN_FLUX:
         raise Refusal(
             "base",
-            f"{name} reads {channels} channels where a model that draws from prompts reads {_LATENT_CHANNELS}: "
+            f"{name} is a {kind}, which draws with more than a prompt.",
+            "Train flux-dev or flux-schnell, and use the LoRA on it.",
+        )
+    usual = latent * _READ_PER_LATENT[denoiser]
+    if channels != usual:
+        raise Refusal(
+            "base",
+            f"{name} reads {channels} channels where a model that draws from prompts reads {usual}: "
             "it is an inpainting, depth or editing model, and would learn to ignore what it is given.",
             "Train its plain sibling, and add the difference afterwards in the WebUI's checkpoint merger.",
         )

@@ -17,18 +17,30 @@ from handlers.train.auto import Plan, Precision, make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
 from handlers.train.decided import decided
+from handlers.train.families import Embedded
+from handlers.train.fresh import fresh_denoiser
 from handlers.train.further import as_before, plan_of_run
 from handlers.train.place import Place
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
 from handlers.train.run import RunFolder, now
+from handlers.train.speaking import speak
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
 
 def prepare(
-    context: JobContext, place: Place, run: RunFolder, base: BaseModel, pipeline: Any
+    context: JobContext,
+    place: Place,
+    run: RunFolder,
+    base: BaseModel,
+    pipeline: Any,
+    *,
+    vae: Mapping[str, str] | None,
 ) -> tuple[dict[str, Any], dataset.Frozen]:
-    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``."""
+    """Everything before the first step: read the pictures, decide, check the room, freeze, write ``run.json``.
+
+    ``vae`` is what ``vae.put_in`` says of the one in the pipeline; None where that is the base's.
+    """
     payload = context.payload
     spec = TrainSpec.from_json(payload["spec"])
     if continued := payload.get("continued"):
@@ -53,9 +65,9 @@ def prepare(
     if not plan.prompts:
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
-    plan = room.fitted(plan, spec, base, context.device)
+    plan = room.fitted(plan, spec, base, devices_of(context, plan))
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
-    of_class = _class_pictures(context, place, plan, base, pipeline)
+    of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
     image_of = dict(zip((str(picture["source"]) for picture in rendered.pictures), rendered.images, strict=True))
     shown = [image_of[str(picture["source"])] for picture in (*trained, *held_out)]
     images = [*shown[: len(trained)], *of_class.images, *shown[len(trained) :]]
@@ -79,6 +91,7 @@ def prepare(
         "plan": plan.to_json(),
         "continued": continued,
         "base": {"name": base.model.name, "family": base.training.name, "origin": base.model.origin},
+        **({"vae": dict(vae)} if vae else {}),
         "inputs": [
             *(_input(picture, plan, folder) for picture in trained),
             *({**entry, "source": _relative(str(entry["source"]), folder)} for entry in of_class.pictures),
@@ -105,20 +118,33 @@ def prepare(
     return record, frozen
 
 
-def _class_pictures(context: JobContext, place: Place, plan: Plan, base: BaseModel, pipeline: Any) -> dataset.Rendered:
+def devices_of(context: JobContext, plan: Plan) -> list[str]:
+    """The devices that share a run: this worker's, and others where ``gpus: all`` is set, one a picture of a step."""
+    given = [str(device) for device in context.payload.get("devices") or ()]
+    return given[: plan.pictures_a_step] if len(given) > 1 else [context.device]
+
+
+def _class_pictures(
+    context: JobContext, place: Place, run: RunFolder, plan: Plan, *, base: BaseModel, pipeline: Any
+) -> dataset.Rendered:
     """The class pictures; those that are missing are drawn by the base."""
     if not plan.prior_images:
         return dataset.Rendered([], [], [])
     denoiser: Any = None
+    embedded: dict[str, Embedded] = {}
 
     def draw(wanted: Sequence[tuple[str, int]]) -> list[Image.Image]:
         nonlocal denoiser
-        denoiser = denoiser or base.load_denoiser().to(context.device)
+        new = list(dict.fromkeys(prompt for prompt, _seed in wanted if prompt not in embedded))
+        if new and base.training.draws_from_embeddings:
+            embedded.update(zip(new, speak(base.training, pipeline, new, context.device, run.log), strict=True))
+        denoiser = denoiser or fresh_denoiser(base, plan, context.device).to(context.device)
         return sampler.draw(
             base.training,
             pipeline,
             denoiser,
             wanted=wanted,
+            embedded=embedded,
             batch=prior.batch_of(plan),
             resolution=plan.resolution,
             guidance=plan.guidance,

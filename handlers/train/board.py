@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ class Board:
         former = [path.name for path in folder_in(self._place.now(), RUNS, self._run).glob(f"{_PREFIX}*.fastsd")]
         self._append(events)
         for name in former:
-            self._place.write(lambda session, name=name: (session / RUNS / self._run / name).unlink(missing_ok=True))
+            self._place.write(partial(self._forget, name))
+
+    def _forget(self, name: str, session: Path) -> None:
+        (session / RUNS / self._run / name).unlink(missing_ok=True)
 
     def note(self, rows: Sequence[Row]) -> None:
         """As ``viewers.Viewer.note``."""

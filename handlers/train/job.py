@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,17 @@ from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.audience import invited
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
+from handlers.train.crew import Crew, crew_of
 from handlers.train.divergence import Diverged
-from handlers.train.finish import finished_folder, write_adapters, write_finished
+from handlers.train.finish import finished_folder, metadata_of, trained_on, write_adapters, write_finished
 from handlers.train.further import base_of_run
+from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
-from handlers.train.prompts import subject_of
-from handlers.train.recorder import Recorder, last_sample
+from handlers.train.recorder import Recorder, Silence, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
+from handlers.train.vae import put_in, require_same
 from handlers.train.validation import Validation
 from handlers.train.wording import wording
 from sessions.layout import PRIVATE
@@ -41,12 +43,13 @@ class TrainHandler:
         Payload: ``folder``, ``root``, ``session``, ``run``, ``name``, ``spec``, ``spec_record``, ``base``, ``models``,
         ``pictures``: ``source``, ``sha256``, ``box``, ``caption``, and where known ``caption_by`` (``person``),
         ``subject``, ``noun`` (the grounded phrase); ``disk_reserve``: bytes to leave free; ``continued``: ``run`` and
-        ``model`` (a file in the session) to train on from. A run that has its
+        ``model`` (a file in the session) to train on from; ``devices`` that share the steps, the first of them this
+        worker's. A run that has its
         ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
             Refusal: too few pictures, too little disk, a wrong combination, or the training diverged.
-            Waiting: the base is not on this machine.
+            Waiting: the base, or the VAE that is named, is not on this machine.
             Stopping, Cancelled: as the daemon wishes.
         """
         quiet_libraries()
@@ -107,8 +110,9 @@ def _train(
 ) -> JobResult:
     device = context.device
     pipeline = base.load_pipeline()
+    vae = _other_vae(context, base, pipeline, record)
     if record is None:
-        record, frozen = begin.prepare(context, place, run, base, pipeline)
+        record, frozen = begin.prepare(context, place, run, base, pipeline, vae=vae)
     else:
         frozen = begin.thaw(context, place, run, record, pipeline)
         if record.get("state") != "training":
@@ -120,41 +124,31 @@ def _train(
     )
     done = found.step if found else 0
     run.forget_after(done)
-    run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {device}")
+    devices = begin.devices_of(context, plan)
+    where = " and ".join(devices)
+    run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {where}")
+    material = _material(base, pipeline, record, frozen, device)
     inputs = record["inputs"]
-    material = Material(
-        plan,
-        frozen,
-        sum(not (entry.get("prior") or entry.get("held_out")) for entry in inputs),
-        base.training.objective(pipeline),
-        device,
-    )
-    seen = len(inputs) - plan.validation
-    validation = Validation(material, range(seen, len(inputs))) if plan.validation else None
-    material = replace(material, frozen=dataset.Frozen(frozen.mean[:seen], frozen.std[:seen]))
-    words = wording(
-        [entry["prompt"] for entry in inputs],
-        material.subjects,
-        dropout=plan.caption_dropout,
-        shuffle=plan.caption_shuffle,
-        seed=plan.seed,
-    )
-    trainer = Trainer(base, pipeline, material, words, dataset.sizes_told(inputs, plan), told=run.log)
-    spent = float(found.state.get("seconds", 0.0)) if found else 0.0
-    viewers = invited(context, place, run, plan, done)
-    recorder = Recorder(
-        context,
-        place,
-        run,
-        plan,
-        draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
-        spent=spent,
-        viewers=viewers,
-        measure=validation.measure_of(trainer.result) if validation else None,
-        decided=record.get("decided", ()),
-    )
-    context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
-    with closing(viewers):
+    held_out = range(len(inputs) - plan.validation, len(inputs))
+    validation = Validation(material, held_out) if plan.validation else None
+    with (
+        crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew,
+        closing(invited(context, place, run, plan, done)) as viewers,
+    ):
+        trainer = _trainer(base, pipeline, record, material, crew=crew, told=run.log)
+        recorder = Recorder(
+            context,
+            place,
+            run,
+            plan,
+            draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
+            spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
+            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
+            viewers=viewers,
+            measure=validation.measure_of(trainer.result) if validation else None,
+            decided=record.get("decided", ()),
+        )
+        context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
         trainer.train(found, recorder)
         context.progress(plan.total_steps, plan.total_steps, "writing the model")
         if plan.sample_every:
@@ -179,6 +173,77 @@ def _train(
     run.log(f"finished: {plan.total_steps} steps")
     shutil.rmtree(place.now() / PRIVATE / "frozen" / run.run, ignore_errors=True)
     return _result(place, {**record, "run": run.run})
+
+
+def _material(
+    base: BaseModel, pipeline: Any, record: Mapping[str, Any], frozen: dataset.Frozen, device: str
+) -> Material:
+    """Everything that a run was given, with what is held out at the end."""
+    return Material(
+        Plan.from_json(record["plan"]), frozen, trained_on(record), base.training.objective(pipeline), device
+    )
+
+
+def _trainer(
+    base: BaseModel,
+    pipeline: Any,
+    record: Mapping[str, Any],
+    material: Material,
+    *,
+    crew: Crew,
+    told: Callable[[str], None],
+) -> Trainer:
+    """The trainer of a run, as its run.json says."""
+    plan, inputs = material.plan, record["inputs"]
+    seen = len(inputs) - plan.validation
+    frozen = dataset.Frozen(material.frozen.mean[:seen], material.frozen.std[:seen])
+    words = wording(
+        [entry["prompt"] for entry in inputs],
+        material.subjects,
+        dropout=plan.caption_dropout,
+        shuffle=plan.caption_shuffle,
+        seed=plan.seed,
+    )
+    sizes = dataset.sizes_told(inputs, plan)
+    return Trainer(base, pipeline, replace(material, frozen=frozen), words, sizes, crew=crew, told=told)
+
+
+def _task(context: JobContext, place: Place, base: BaseModel) -> dict[str, Any]:
+    """What those who follow need to know; can be pickled."""
+    return {"payload": {**context.payload, "folder": str(place.now())}, "cache": context.cache, "base": base}
+
+
+def follow(crew: Crew, device: str, task: Mapping[str, Any]) -> None:
+    """Do the same steps as the first of the crew, and keep nothing."""
+    quiet_libraries()
+    payload, base = task["payload"], task["base"]
+    context = JobContext(0, "train", payload, device, task["cache"], lambda *_: None, lambda: False, lambda: False)
+    place = Place(Path(payload["folder"]), Path(payload["root"]), payload.get("session"))
+    run = RunFolder(place, str(payload["run"]))
+    record = run.read_record() or {}
+    with _threads_for(base, device):
+        pipeline = base.load_pipeline()
+        _other_vae(context, base, pipeline, record)
+        frozen = begin.thaw(context, place, run, record, pipeline)
+        found = checkpoint.newest(place.now(), run.run, lambda *_: None)
+        material = _material(base, pipeline, record, frozen, device)
+        trainer = _trainer(base, pipeline, record, material, crew=crew, told=lambda _line: None)
+        trainer.train(found, Silence())
+
+
+def _other_vae(
+    context: JobContext, base: BaseModel, pipeline: Any, record: Mapping[str, Any] | None
+) -> dict[str, str] | None:
+    """Put the VAE that the run names into the pipeline; None where it uses the base's."""
+    payload = context.payload
+    name = str((record["plan"] if record else payload["spec"]).get("vae", "auto"))
+    if name == "auto":
+        return None
+    models = payload.get("models")
+    found = put_in(pipeline, base, name, Path(models) if models else None, context.cache)
+    if record:
+        require_same(record.get("vae"), found)
+    return found
 
 
 def _last_good(place: Place, run: RunFolder, good_until: int) -> str:
@@ -206,27 +271,16 @@ def _result(place: Place, record: Mapping[str, Any]) -> JobResult:
     plan = Plan.from_json(record["plan"])
     finished = finished_folder(folder, str(record["run"]))
     preview = last_sample(folder, plan.total_steps)
-    first = record["inputs"][0]["source"]
-    trained_on = sum(not (entry.get("prior") or entry.get("held_out")) for entry in record["inputs"])
     facts = {
         "run": record["run"],
         "state": "finished",
         "steps": record["steps"],
         "finished": str(finished),
         "seconds": record["seconds"],
-        "pictures": trained_on,
+        "pictures": trained_on(record),
         "left_out": record["left_out"],
         **({"buckets": record["buckets"]} if plan.buckets else {}),
         "preview": str(preview) if preview else None,
-        "metadata": {
-            "title": record.get("name"),
-            "date": record["started_at"],
-            "trigger_phrase": subject_of(plan.instance, plan.class_, first),
-            "resolution": f"{plan.resolution}x{plan.resolution}",
-            "fastsd.run": record["run"],
-            "fastsd.base": plan.base,
-            "fastsd.steps": record["steps"],
-            "fastsd.pictures": trained_on,
-        },
+        "metadata": metadata_of(record, plan, int(record["steps"])),
     }
     return JobResult(facts=facts, outputs=[finished, *([preview] if preview else [])])

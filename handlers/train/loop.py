@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from handlers.out_of_memory import is_out_of_memory
 from handlers.train import objective, randomness
 from handlers.train.auto import Plan
 from handlers.train.average import Average
+from handlers.train.crew import Crew
 from handlers.train.divergence import Diverged, smaller_rate
 from handlers.train.fitting import Fitting
 from handlers.train.objective import Batch, Material
@@ -113,6 +115,7 @@ def train_stage(
     updates: Updates,
     fitting: Fitting,
     average: Average | None,
+    crew: Crew,
     after_step: Callable[[Done], None],
 ) -> None:
     """Train one stage from step ``start`` to its end. Modules are changed in place.
@@ -124,6 +127,7 @@ def train_stage(
         updates: change the parameters; in the state of ``start``.
         fitting: how a step fits into memory; where it does not, it gives something up and the step is done again.
         average: follows the parameters, and takes their place at the end.
+        crew: those who share the steps.
         after_step: called after each step; may raise to stop.
 
     Raises:
@@ -131,15 +135,17 @@ def train_stage(
         Refusal: code ``memory``: nothing is left to be given up.
     """
     plan = material.plan
+    parameters = [parameter for group in stage.groups().values() for parameter in group.values()]
 
     def state() -> dict[str, Tensors]:
         return {"optimizer": updates.tensors(), **({"average": average.tensors()} if average else {})}
 
     for step in range(start, stage.steps):
         updates.set_rates({part: rate.at(step, plan.schedule) for part, rate in stage.rates.items()})
-        value = _gradients(stage, material, step, updates, fitting)
+        value = _gradients(stage, material, step, updates=updates, fitting=fitting, crew=crew)
         if not math.isfinite(value):
             raise _diverged(stage, step)
+        crew.add_up(parameters)
         updates.apply()
         if average:
             average.follow()
@@ -148,29 +154,36 @@ def train_stage(
         average.settle()
 
 
-def _gradients(stage: Stage, material: Material, step: int, updates: Updates, fitting: Fitting) -> float:
-    """Add up the gradients of a step. Returns its loss."""
+def _gradients(stage: Stage, material: Material, step: int, *, updates: Updates, fitting: Fitting, crew: Crew) -> float:
+    """Add up the gradients of this process's share of a step. Returns the loss of the whole step."""
     while True:
+        value, problem = 0.0, False
         try:
             # Dropout must not depend on what was drawn before.
             torch.manual_seed(randomness.number(material.plan.seed, stage.number, step, "dropout"))
-            value = 0.0
-            for batch in objective.batches_of_step(material, stage.number, step):
-                for part in batch.parts(fitting.means.at_once):
-                    loss = loss_of(stage, material, step, part)
-                    value += float(loss.detach())
-                    if not math.isfinite(value):
-                        return value
-                    updates.backward(loss)
+            for part in _share(material, stage.number, step, fitting.means.at_once, crew):
+                loss = loss_of(stage, material, step, part)
+                value += float(loss.detach())
+                if not math.isfinite(value):
+                    break
+                updates.backward(loss)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            problem = error
-        else:
-            return value
-        # Outside of the handler: its traceback holds the activations.
-        problem.__traceback__ = None
+            problem = True
+        # All give the same up, or none: they must do the same steps.
+        total, problems = crew.sum_of([value, float(problem)])
+        if not problems:
+            return total
         fitting.give_up(updates, f"step {stage.first + step + 1}")
+
+
+def _share(material: Material, stage: int, step: int, at_once: int, crew: Crew) -> Iterator[Batch]:
+    """This process's part of the step's pictures, at most ``at_once`` together."""
+    batches = objective.batches_of_step(material, stage, step)
+    most = min(at_once, -(-sum(len(batch.chosen) for batch in batches) // crew.count))
+    parts = (part for batch in batches for part in batch.parts(most))
+    return itertools.islice(parts, crew.rank, None, crew.count)
 
 
 def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:

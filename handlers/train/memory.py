@@ -23,6 +23,8 @@ _ACTIVATIONS: dict[str, tuple[float, float]] = {
 }
 _CONTEXT = 0.8e9  # CUDA's own, and cuDNN's workspaces
 _USABLE = 0.92  # of a card: the rest is lost between allocations
+# Bytes of a number in nf4, with a scale for 64 of them that is quantised as well.
+_QUANTISED = 0.52
 GB = 1e9
 
 
@@ -38,6 +40,7 @@ class Means:
     Attributes:
         at_once: pictures that go through the denoiser together; a larger batch adds up its gradients.
         checkpointing: activations are computed again in the backward pass instead of being kept.
+        quantised: an adapter's base is held in 4 bits; decided before the first step.
         offload: an adapter's base lies in the CPU's memory, and comes block by block.
         optimizer: which one.
         fused_backward: each parameter is updated as soon as its gradient is there.
@@ -45,6 +48,7 @@ class Means:
 
     at_once: int
     checkpointing: bool = False
+    quantised: bool = False
     offload: bool = False
     optimizer: Optimizer = "adamw"
     fused_backward: bool = False
@@ -65,6 +69,7 @@ class Means:
         """For people: "adamw, 2 pictures at once, gradient checkpointing"."""
         words = [self.optimizer, f"{self.at_once} picture{'' if self.at_once == 1 else 's'} at once"]
         words += ["gradient checkpointing"] if self.checkpointing else []
+        words += ["base in 4 bits"] if self.quantised else []
         words += ["fused backward pass"] if self.fused_backward else []
         words += ["base in the CPU's memory"] if self.offload else []
         return ", ".join(words)
@@ -84,6 +89,8 @@ class Load:
         half: whether it computes in half precision.
         adapter: whether only an adapter is trained.
         average: whether a moving average is kept.
+        devices: that share the pictures of a step.
+        quantises: whether the frozen base can be held in 4 bits.
     """
 
     family: str
@@ -95,10 +102,13 @@ class Load:
     half: bool
     adapter: bool
     average: bool = False
+    devices: int = 1
+    quantises: bool = False
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
-        a_number = 2.0 if self.half else 4.0
+        whole = 2.0 if self.half else 4.0
+        a_number = _QUANTISED if means.quantised else whole
         # Trained weights are kept in float32; in half precision, autocast adds a copy.
         weights = self.trained * (4.0 + (2.0 if self.half and not self.adapter else 0.0))
         gradients = 0.0 if means.fused_backward else self.trained * 4.0
@@ -139,10 +149,16 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
     for optimizer in (wanted,) if wanted else order:
         if optimizer not in available:
             continue
-        means: Means | None = Means(load.pictures, optimizer=optimizer)
+        at_once = -(-load.pictures // load.devices)
+        means: Means | None = Means(at_once, optimizer=optimizer)
+        # 4 bits cost a little exactness, and save more time than a base that comes and goes.
+        while means and not (load.quantises and means.offload):
+            yield means
+            means = means.less(may_offload=load.adapter)
+        means = Means(at_once, quantised=True, optimizer=optimizer) if load.quantises else None
         while means:
             yield means
             means = means.less(may_offload=load.adapter)
-    # Fused: no clipping to a norm, no several parts of a step, no loss scaling; only Adafactor limits its steps itself.
+    # Fused: no clipping to a norm, and nothing is added up; of all, Adafactor alone limits its steps itself.
     if load.pictures == 1 and not load.adapter and wanted in (None, "adafactor"):
         yield Means(1, checkpointing=True, optimizer="adafactor", fused_backward=True)

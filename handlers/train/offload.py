@@ -75,8 +75,7 @@ class _Block:
         self.is_here = True
         self.leave()
         block.register_forward_pre_hook(lambda *_: self._come())
-        block.register_forward_hook(lambda *_: self._leave_after_forward())
-        block.register_full_backward_pre_hook(lambda *_: self._begin_backward())
+        block.register_forward_hook(lambda _block, _inputs, outputs: self._leave_after_forward(outputs))
 
     def _come(self) -> None:
         if not self.is_here:
@@ -91,11 +90,31 @@ class _Block:
                 parameter.data = torch.empty(0, dtype=parked.dtype, device=parameter.device)
             self.is_here = False
 
-    def _leave_after_forward(self) -> None:
+    def _leave_after_forward(self, outputs: Any) -> Any:
         # Gradient checkpointing runs the forward pass again within the backward pass, which needs the weights next.
         if not self._owner.is_in_backward(self):
             self.leave()
+        tensors = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+        marked = _Border.apply(self._begin_backward, *tensors)
+        return marked[0] if isinstance(outputs, torch.Tensor) else marked
 
     def _begin_backward(self) -> None:
         self._owner.backward_reaches(self)
         self._come()
+
+
+class _Border(torch.autograd.Function):
+    """Where a block ends: tells when all gradients of its outputs have arrived, before any goes into it.
+
+    Torch's own hooks of modules warn where no input needs a gradient, as in the first block above a frozen layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, arrived: Callable[[], None], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.arrived = arrived
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.arrived()
+        return (None, *gradients)

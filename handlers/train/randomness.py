@@ -39,6 +39,13 @@ def timesteps(count: int, levels: int, seed: int, stage: int, step: int, *, purp
     return ((parts + torch.rand(count, generator=random)) * levels / count).long().clamp(max=levels - 1)
 
 
+def shares(count: int, seed: int, stage: int, step: int, *, purpose: str) -> torch.Tensor:
+    """``count`` numbers in [0, 1), each uniform by itself, one in each of ``count`` equal parts; (count,), float32."""
+    random = generator(seed, stage, step, purpose)
+    parts = torch.randperm(count, generator=random)
+    return (parts + torch.rand(count, generator=random)) / count
+
+
 def pictures_of_step(
     pictures: int, batch: int, seed: int, stage: int, step: int, *, purpose: str = "order"
 ) -> list[int]:

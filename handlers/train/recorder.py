@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
 from handlers.train.auto import Plan
 from handlers.train.divergence import Watch, refusal_of
+from handlers.train.intermediate import Keeper
 from handlers.train.loop import Done, Stage
 from handlers.train.place import Place, folder_in
 from handlers.train.run import RunFolder
@@ -28,6 +29,32 @@ _FLUSH_SECONDS = 5.0
 _CHART_SECONDS = 30.0
 
 
+class Notes(Protocol):
+    """What a training tells of its steps."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """A step was done; tensors of earlier stages are what a checkpoint needs too."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Keep a checkpoint."""
+
+    def stop_if_wished(self) -> None:
+        """Raise ``Stopping`` if the daemon stops."""
+
+
+class Silence:
+    """Notes of one who follows: the first of the crew takes them."""
+
+    def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def save(self, total: int, stage: int, parts: Mapping[str, checkpoint.Tensors]) -> None:
+        """Nothing."""
+
+    def stop_if_wished(self) -> None:
+        """Never: the first one's end is everybody's."""
+
+
 class Recorder:
     """Keeps what a run shows and what it resumes from.
 
@@ -37,6 +64,7 @@ class Recorder:
         run: the run's folder.
         plan: the run's plan.
         draw: draws samples of the models as they are; an empty list where it was stopped.
+        keeper: writes intermediate models.
         spent: seconds that earlier processes spent on this run.
         viewers: who else is told of every step.
         measure: gives the loss of held-out pictures; None where there are none.
@@ -51,6 +79,7 @@ class Recorder:
         plan: Plan,
         *,
         draw: Callable[[], list[Image.Image]],
+        keeper: Keeper,
         spent: float,
         viewers: Viewers,
         measure: Callable[[Stage], float] | None = None,
@@ -62,6 +91,7 @@ class Recorder:
         self._plan = plan
         self._draw = draw
         self._decided = list(decided)
+        self._keeper = keeper
         self._viewers = viewers
         self._measure = measure
         self._watch: Watch | None = None
@@ -75,6 +105,7 @@ class Recorder:
         self._durations: deque[float] = deque(maxlen=50)
         self._losses: deque[float] = deque(maxlen=50)
         self._last = time.monotonic()
+        self._kept = 0
 
     @property
     def seconds(self) -> float:
@@ -99,6 +130,8 @@ class Recorder:
         self._note(done)
         if verdict := watch.note(done.total, done.loss):
             raise refusal_of(verdict, done.stage.title, done.stage.section, done.stage.rate.value, done.total)
+        # Before the checkpoint: a run that goes on from it does not come by here again.
+        is_shown = self._keep(done)
         is_last = done.step == done.stage.steps
         stopping = self._context.is_stopping()
         # The end of stage 1 is saved by whoever knows what is kept of it; the end of the run is its result.
@@ -112,11 +145,24 @@ class Recorder:
             self._viewers.flush()
             self._flushed = now
         every = self._plan.sample_every
-        if done.stage.number == 2 and not is_last and every and done.step % every == 0:
+        if done.stage.number == 2 and not is_last and not is_shown and every and done.step % every == 0:
             self.show(done.total)
         elif now - self._charted > _CHART_SECONDS:
             self.chart()
         self._last = time.monotonic()
+
+    def _keep(self, done: Done) -> bool:
+        """Keep the model of a step where it is due and not there yet. Returns whether samples of it were drawn."""
+        if done.stage.number != 2 or done.step not in self._plan.kept_steps or not self._keeper.lacks(done.step):
+            return False
+        self._context.progress(done.total, self._plan.total_steps, f"keeping the model of step {done.step}")
+        is_shown = bool(self._plan.sample_every)
+        if is_shown:
+            self.show(done.total)  # people choose by these, and the file carries them
+        self._keeper.keep(done.step, done.total)
+        self._kept += 1
+        self._run.log(f"kept the model of step {done.step}")
+        return is_shown
 
     def stop_if_wished(self) -> None:
         """Raise ``Stopping`` if the daemon stops; the caller has just saved."""
@@ -181,6 +227,7 @@ class Recorder:
             decided=self._decided,
             **memory,
             **self._validation,
+            kept=self._kept,
         )
 
     def _is_due(self, total: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 import torch
 
@@ -12,22 +13,23 @@ from handlers.train.base import BaseModel
 from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
+from handlers.train.quantise import can_quantise
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
 
-def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, device: str) -> Plan:
+def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, devices: Sequence[str]) -> Plan:
     """The plan with means that fit the GPU, or what ``memory:`` names; on a CPU nothing need be saved by default.
 
     Raises:
         Refusal: code ``memory``: nothing fits.
     """
     wanted: Optimizer | None = None if spec.optimizer == "auto" else spec.optimizer
-    card = gpu_bytes(device)
+    card = gpu_bytes(devices[0])
     size = memory.bytes_named(spec.memory) or card
     if not size:
         return plan
-    load = _load_of(plan, base)
+    load = _load_of(plan, base, len(devices))
     available = usable_optimizers()
     means = memory.choose(load, wanted, available, size)
     if means is None:
@@ -45,7 +47,7 @@ def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, device: str) -> Plan:
     return plan.with_means(means)
 
 
-def _load_of(plan: Plan, base: BaseModel) -> Load:
+def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
     """What the stage of the run that takes most asks of memory."""
     counts = base.parameters()
     denoiser = counts[base.training.denoiser]
@@ -67,6 +69,8 @@ def _load_of(plan: Plan, base: BaseModel) -> Load:
         half=plan.precision != "fp32",
         adapter=plan.is_adapter,
         average=plan.ema,
+        devices=devices,
+        quantises=plan.is_adapter and base.training.draws_from_embeddings and can_quantise(),
     )
 
 
@@ -76,7 +80,7 @@ def gpu_bytes(device: str) -> int:
 
 
 def check_disk(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
-    """Refuse before the start what would fill the disk hours later: checkpoints, the result, and its single file."""
+    """Refuse before the start what would fill the disk hours later: checkpoints, and models with their single files."""
     parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
         trained = base.adapter_parameters(parts, plan.lora_rank)
@@ -89,13 +93,18 @@ def check_disk(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     a_number = 4 + memory.MOMENTS[plan.optimizer] + (4 if plan.ema else 0)
     checkpoints = a_number * trained * (checkpoint.KEPT + 1)
     result = 2 * written * base.finished_dtype().itemsize
+    count = len(plan.kept_steps)
+    # The folder of an intermediate model goes once its file is proven; where nobody converts, all of them stand.
+    kept = count * result
+    needed = checkpoints + result + kept
     free = shutil.disk_usage(place.now()).free
-    if free < checkpoints + result + reserve:
+    if free < needed + reserve:
+        models = f", {kept / GB:.2f} for {count} intermediate model{'' if count == 1 else 's'}" if count else ""
         raise Refusal(
             "disk",
-            f"Training {plan.base} needs {(checkpoints + result) / 1e9:.2f} GB of disk "
-            f"({checkpoints / 1e9:.2f} for checkpoints, {result / 1e9:.2f} for the model); "
-            f"{free / 1e9:.2f} GB are free"
-            + (f", of which {reserve / 1e9:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
-            "Make room and save train.yaml again.",
+            f"Training {plan.base} needs {needed / GB:.2f} GB of disk "
+            f"({checkpoints / GB:.2f} for checkpoints, {result / GB:.2f} for the model{models}); "
+            f"{free / GB:.2f} GB are free"
+            + (f", of which {reserve / GB:.2f} must stay free (limits.disk_reserve)." if reserve else "."),
+            f"Make room and save train.yaml again{', or write a larger save_every' if count else ''}.",
         )

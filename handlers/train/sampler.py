@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from handlers.train.families import Family
-
-STEPS = 20
+from handlers.train.families import Embedded, Family
+from handlers.train.families.interface import Asked, joined
 
 
 def draw(
@@ -19,6 +18,7 @@ def draw(
     denoiser: Any,
     *,
     wanted: Sequence[tuple[str, int]],
+    embedded: Mapping[str, Embedded],
     batch: int,
     resolution: int,
     guidance: float,
@@ -32,6 +32,7 @@ def draw(
         pipeline: gives VAE, tokenizers, schedule and the text encoders as they are now; modes are put back afterwards.
         denoiser: the UNet or transformer as it is now.
         wanted: (prompt, seed) a picture.
+        embedded: prompt → of one prompt, where the family draws from embeddings; its text encoders are not needed.
         batch: how many are drawn at once.
         resolution: pixels of a side.
         guidance: classifier-free guidance scale (Ho & Salimans 2022).
@@ -43,7 +44,7 @@ def draw(
     """
     pipeline.vae.to(device)
     sampler = family.assemble(pipeline, denoiser, family.sampling_scheduler(pipeline))
-    encoders = [getattr(pipeline, name) for name in family.encoders]
+    encoders = [] if family.draws_from_embeddings else [getattr(pipeline, name) for name in family.encoders]
     sampler.set_progress_bar_config(disable=True)
     stopped = False
 
@@ -64,17 +65,17 @@ def draw(
             if stopped:
                 break
             part = wanted[start : start + batch]
+            prompts = [prompt for prompt, _seed in part]
+            asked = Asked(
+                prompts,
+                joined([embedded[prompt] for prompt in prompts]) if family.draws_from_embeddings else None,
+                resolution,
+                guidance,
+                [torch.Generator().manual_seed(seed) for _prompt, seed in part],
+                after_step,
+            )
             with torch.no_grad():
-                drawn = sampler(
-                    [prompt for prompt, _seed in part],
-                    height=resolution,
-                    width=resolution,
-                    num_inference_steps=STEPS,
-                    guidance_scale=guidance,
-                    generator=[torch.Generator().manual_seed(seed) for _prompt, seed in part],
-                    callback_on_step_end=after_step,
-                )
-            pictures.extend(drawn.images)
+                pictures.extend(family.draw(sampler, asked))
     finally:
         for module, mode in zip((denoiser, *encoders), modes, strict=True):
             module.train(mode)

@@ -19,12 +19,15 @@ from handlers.train import loop, randomness, sampler
 from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
+from handlers.train.crew import Crew
 from handlers.train.families.interface import Embedded, joined
 from handlers.train.fitting import Fitting
+from handlers.train.fresh import DTYPES, fresh_denoiser
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
-from handlers.train.recorder import Recorder
+from handlers.train.recorder import Notes
+from handlers.train.speaking import speak
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 from handlers.train.wording import Wording
 
@@ -40,6 +43,7 @@ class Trainer:
         material: plan, pictures and noise schedule.
         words: what the pictures are told.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        crew: those who share the steps.
         told: told in a line of what people may want to know.
     """
 
@@ -51,10 +55,12 @@ class Trainer:
         words: Wording,
         sizes: torch.Tensor,
         *,
+        crew: Crew,
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
         self._average: Average | None = None
+        self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
@@ -67,8 +73,9 @@ class Trainer:
         self._device = material.device
         self._words = words
         self._tokens = self._family.tokens(pipeline, words.texts)
+        self._spoken: dict[str, Embedded] = {}
 
-    def train(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
 
         Args:
@@ -94,7 +101,7 @@ class Trainer:
                 encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -113,10 +120,10 @@ class Trainer:
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
-        self.denoiser = self._base.load_denoiser()
         embedded = self._embed_all()
+        self.denoiser = self._base.load_denoiser()
         finished = self._finished_parts()
         stage = Stage(
             2,
@@ -130,13 +137,14 @@ class Trainer:
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Recorder) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
-        self.denoiser = self._base.load_denoiser()
+        # Text encoders that stay as they are speak before the denoiser takes their place.
+        embedded = None if plan.text_encoder_steps else self._embed_all()
+        self.denoiser = fresh_denoiser(self._base, plan, self._device)
         modules = {self._family.denoiser: self.denoiser, **(self._encoders if plan.text_encoder_steps else {})}
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
-        embedded = None if plan.text_encoder_steps else self._embed_all()
         encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
         unet_rate = Rate(plan.unet_rate, plan.unet_steps)
         stage = Stage(
@@ -151,16 +159,15 @@ class Trainer:
                 self._condition_anew(2, step, chosen) if embedded is None else self._condition(embedded, step, chosen)
             ),
         )
-        self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
+        self._run(stage, found, lambda done: recorder.after_step(done, {}))
 
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
         if not plan.is_adapter:
             return Whole(module)
-        if plan.precision != "fp32":
-            # Only the adapter is updated: what it stands on may be as coarse as it is computed with.
-            module.to(dtype=torch.bfloat16 if plan.precision == "bf16" else torch.float16)
+        if name in self._encoders:
+            module.to(dtype=DTYPES[plan.precision])
         return adapted(
             module,
             layers_of(name),
@@ -211,6 +218,7 @@ class Trainer:
             updates=updates,
             fitting=fitting,
             average=self._average,
+            crew=self._crew,
             after_step=after_step,
         )
         self._average = None  # it has taken the parameters' place
@@ -226,17 +234,15 @@ class Trainer:
 
     def _embed_all(self) -> Embedded:
         """All prompts, from the finished text encoders, which leave the device afterwards."""
-        for encoder in self._encoders.values():
-            encoder.requires_grad_(requires_grad=False).eval().to(self._device)
-        tokens = {name: ids.to(self._device) for name, ids in self._tokens.items()}
-        with torch.no_grad():
-            parts = [
-                self._family.embed(self._pipeline, {name: ids[row : row + 1] for name, ids in tokens.items()})
-                for row in range(len(self._words.texts))
-            ]
-        for encoder in self._encoders.values():
-            encoder.to("cpu")
-        return joined(parts)
+        asked = self._plan.prompts if self._family.draws_from_embeddings else ()
+        texts = list(dict.fromkeys([*self._words.texts, *asked]))
+        parts = speak(self._family, self._pipeline, texts, self._device, self._told)
+        if self._family.draws_from_embeddings:
+            self._spoken = dict(zip(texts, parts, strict=True))
+            for name in self._encoders:
+                setattr(self._pipeline, name, None)  # all is said, and the denoiser needs their room
+            self._encoders.clear()
+        return joined(parts[: len(self._words.texts)])
 
     def _finished_parts(self) -> dict[str, Tensors]:
         if not self._plan.text_encoder_steps:
@@ -252,6 +258,7 @@ class Trainer:
                 self._pipeline,
                 self.denoiser.to(self._device),
                 wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
+                embedded=self._spoken,
                 batch=len(plan.prompts),
                 resolution=plan.resolution,
                 guidance=plan.guidance,

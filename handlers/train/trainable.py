@@ -12,12 +12,17 @@ from peft import LoraConfig, get_peft_model_state_dict
 # Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so
 # that the file is one that every WebUI reads.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+# Every linear layer of Flux's blocks but those that only scale and shift.
+TRANSFORMER_LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
+)
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def layers_of(part: str) -> tuple[str, ...]:
-    """Endings of the names of the layers that an adapter changes in a component: ``unet``, or a text encoder."""
-    return UNET_LAYERS if part == "unet" else ENCODER_LAYERS
+    """Endings of the names of the layers that an adapter changes in a component: a denoiser, or a text encoder."""
+    return {"unet": UNET_LAYERS, "transformer": TRANSFORMER_LAYERS}.get(part, ENCODER_LAYERS)
 
 
 def is_adapted(layer: str, part: str) -> bool:
@@ -105,7 +110,7 @@ def adapted(module: Any, layers: tuple[str, ...], *, rank: int, alpha: float, do
 
     Args:
         module: a UNet of diffusers or a text encoder of transformers; everything in it is frozen.
-        layers: endings of the layers' names.
+        layers: endings of the names of layers that lie within others.
         rank: of the two factors.
         alpha: the adapter counts alpha / rank.
         dora: whether the weights' magnitudes are trained as well.
@@ -114,7 +119,12 @@ def adapted(module: Any, layers: tuple[str, ...], *, rank: int, alpha: float, do
     module.requires_grad_(requires_grad=False)
     # Peft computes with any number and says int.
     scale = cast("int", alpha)
-    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(layers), use_dora=dora, bias="none")
+    chosen = list(layers)
+    if any(name in layers for name, _ in module.named_children()):
+        # Flux's last layer is called as one of each block is: then all are called by their whole names.
+        endings = tuple(f".{layer}" for layer in layers)
+        chosen = [name for name, _ in module.named_modules() if name.endswith(endings)]
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, use_dora=dora, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(config)

@@ -1,7 +1,7 @@
 """Weights & Biases, for who names a project in fastsd.yaml (``wandb: PROJECT``).
 
-The key comes from the environment (``WANDB_API_KEY``), as everything that the package asks there; with
-``WANDB_MODE=offline`` it writes for a later ``wandb sync``. Its files lie in the cache, not in the tree.
+The key comes from the environment (``WANDB_API_KEY``), as all that the package asks there; ``WANDB_MODE=offline``
+writes for a later ``wandb sync``. Its files lie in the cache, not in the tree.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WandbRun:
     def begin(self, rows: Sequence[Row], samples: Mapping[int, Path]) -> None:
         """As ``viewers.Viewer.begin``: what it has already, it leaves."""
         at = {row["step"]: row for row in rows}
-        for step in sorted(at | samples):
+        for step in sorted(at.keys() | samples.keys()):
             self._log(step, at.get(step), samples.get(step))
 
     def note(self, rows: Sequence[Row]) -> None:

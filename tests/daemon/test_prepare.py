@@ -116,6 +116,9 @@ def test_a_run_that_begins_gets_everything_it_needs(house: House) -> None:
     assert given["spec"]["base"] == "miniature"
     assert [Path(picture["source"]).name for picture in given["pictures"]] == ["0.jpg", "1.jpg", "2.jpg"]
     assert all(picture["sha256"] and picture["box"] for picture in given["pictures"])
+    assert given["devices"] == [], "each GPU for itself"
+    crew = replace(house.preparer, crew=("cuda:0", "cuda:1"))
+    assert crew.payload(job.kind, job.session, job.payload)["devices"] == ["cuda:0", "cuda:1"]
 
 
 def test_a_run_whose_spec_went_before_it_began_is_dropped(house: House) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ FLUX_WIDTH = 32
 
 def build(family: str, folder: Path) -> Path:
     """Write the Diffusers folder of a tiny model; the same weights every time."""
+    return save(lambda: _pipeline(family), folder)
+
+
+def save(make: Callable[[], Any], folder: Path) -> Path:
+    """Write what ``make`` makes, with every parameter stirred; the same weights every time."""
     with seeded(5), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = _pipeline(family)
+        pipeline = make()
         for name in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2"):
             _stir(getattr(pipeline, name, None))
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -55,7 +61,7 @@ def _pipeline(family: str) -> Any:
     if family == "sd1-inpainting":
         parts = drawing.pipeline(unet=drawing.unet(in_channels=9)).components
         return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    return _refiner() if family == "sdxl-refiner" else _flux()
+    return _refiner() if family == "sdxl-refiner" else flux()
 
 
 def _depth() -> Any:
@@ -112,10 +118,17 @@ def _refiner() -> Any:
     )
 
 
-def _flux() -> Any:
+def flux(*, guided: bool = True, words: Any = None) -> Any:
+    """A tiny Flux pipeline with random weights.
+
+    Args:
+        guided: whether it is told a guidance, as [dev] is and [schnell] is not.
+        words: T5's tokenizer; None: CLIP's in its place.
+    """
     table = drawing.tokenizer()
+    words = words or drawing.tokenizer()
     t5 = T5Config(
-        vocab_size=len(table),
+        vocab_size=len(words),
         d_model=24,
         d_kv=8,
         d_ff=48,
@@ -125,7 +138,7 @@ def _flux() -> Any:
         tie_word_embeddings=False,
     )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided),
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -140,7 +153,7 @@ def _flux() -> Any:
         text_encoder=drawing.text_encoder(),
         tokenizer=table,
         text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=drawing.tokenizer(),
+        tokenizer_2=words,
         transformer=FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
@@ -150,7 +163,7 @@ def _flux() -> Any:
             num_attention_heads=FLUX_WIDTH // 16,
             joint_attention_dim=24,
             pooled_projection_dim=drawing.TEXT_WIDTH,
-            guidance_embeds=True,
+            guidance_embeds=guided,
             axes_dims_rope=(4, 4, 8),
         ),
     )

@@ -22,7 +22,7 @@ from handlers.train.fitting import Fitting
 from handlers.train.job import TrainHandler
 from handlers.train.memory import Load, Means, choose, least
 from handlers.train.offload import Offloaded
-from handlers.train.optimizers import InBackward, Together, usable_optimizers
+from handlers.train.optimizers import InBackward, Together, Updates, usable_optimizers
 from handlers.train.trainable import UNET_LAYERS, adapted
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
@@ -174,7 +174,7 @@ def test_a_fused_backward_pass_learns_the_same() -> None:
     networks = [little_network(), little_network()]
     groups = [{"net": dict(network.named_parameters())} for network in networks]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    updates = [Together(groups[0], adafactor, scaler), InBackward(groups[1], adafactor)]
+    updates: list[Updates] = [Together(groups[0], adafactor, scaler), InBackward(groups[1], adafactor)]
     for step in range(5):
         seen = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         for network, each in zip(networks, updates, strict=True):

@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sessions.refusal import Refusal
-from sessions.spec import TrainSpec, json_schema, parse_spec, seconds_of, steps_of
+from sessions.spec import TrainSpec, json_schema, kept_steps, parse_spec, seconds_of, steps_of
 from sessions.spec_example import EXAMPLE
 
 
@@ -97,6 +98,10 @@ def test_checkpoint_every(written: str, seconds: float | None) -> None:
         ("text_encoder: {steps: 0}\nunet: {steps: 0}\n", 2, "nothing to train", "steps"),
         ("a: &x 1\nb: *x\n", 2, "aliases", "quotes"),
         ("name: a/b\n", 1, "a/b", "slashes"),
+        ("seed: 1\nvae: /etc/vae.safetensors\n", 2, "outside", "Models"),
+        ("save_from: 500\n", 1, "save_every keeps none", "save_every"),
+        ("save_every: 200\nunet: {steps: 200}\n", 1, "step 200, and the run has 200", "below 200"),
+        ("save_every: 50\nsave_from: 900\nunet: {steps: 800}\n", 2, "step 900", "save_from below 800"),
         ("{\\rtf1 base}", 1, "rich text", "plain"),
     ],
 )
@@ -111,18 +116,15 @@ def test_other_lines_at_fault_are_named_too() -> None:
     assert "line 3" in refusal_of("sead: 1\nbase: sd15\nresolution: big\n").advice
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "memory: 24GB",
-        "base: flux-dev",
-        "ema: true",
-        "save_every: 5",
-        "vae: other",
-    ],
-)
-def test_what_is_not_built_is_said_and_not_ignored(text: str) -> None:
-    assert "later version" in refusal_of(text).what
+@given(st.integers(1, 400), st.integers(0, 400), st.integers(0, 400))
+def test_intermediate_models_come_every_so_many_steps_from_the_first_on(every: int, first: int, steps: int) -> None:
+    kept = list(kept_steps(every, first, steps))
+    assert all(max(first, 1) <= step < steps for step in kept)
+    assert all(later - earlier == every for earlier, later in pairwise(kept))
+    assert bool(kept) == ((first or every) < steps)
+    assert not kept or kept[0] == (first or every)
+    assert not kept or kept[-1] + every >= steps
+    assert not kept_steps(0, first, steps)
 
 
 @pytest.mark.parametrize("text", ["[" * 20_000, "a:\n" * 30_000, "\x00", "a: [[[[[1]]]]]", "? [a]\n: b", "{" * 50])

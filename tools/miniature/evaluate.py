@@ -25,8 +25,8 @@ from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 from handlers.models import miniature
 from handlers.models.miniature import exam, judge, world
 from handlers.search.model import Embedder
-from handlers.train import sampler
 from handlers.train.auto import MINIATURE_GUIDANCE
+from handlers.train.families.sd import STEPS
 from tools.miniature import pool
 
 BATCH = 25
@@ -56,7 +56,7 @@ def drawn_by_sdxl(pipeline: StableDiffusionXLPipeline, wishes: Sequence[exam.Wis
             [prompt for prompt, _seed in part],
             height=64,
             width=64,
-            num_inference_steps=sampler.STEPS,
+            num_inference_steps=STEPS,
             guidance_scale=MINIATURE_GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for _prompt, seed in part],
         ).images

@@ -105,6 +105,7 @@ def drawn(pipeline: Any, wishes: Sequence[Wish]) -> list[Image.Image]:
         pipeline,
         pipeline.to(dtype=torch.float32).unet,
         wanted=wishes,
+        embedded={},
         batch=_BATCH,
         resolution=64,
         guidance=MINIATURE_GUIDANCE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from handlers.train.families.flux import Flux
 from handlers.train.families.interface import Embedded, Family
 from handlers.train.families.sd import StableDiffusion
 from handlers.train.families.sdxl import StableDiffusionXL
@@ -12,6 +13,7 @@ FAMILIES: dict[str, Family] = {
     "sd1": StableDiffusion("sd1"),
     "sd2": StableDiffusion("sd2"),
     "sdxl": StableDiffusionXL(),
+    "flux": Flux(),
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from handlers.train.objective import Objective
 
@@ -32,6 +33,10 @@ class Embedded:
         indices = list(chosen)
         return Embedded(self.hidden[indices], None if self.pooled is None else self.pooled[indices])
 
+    def to(self, device: str) -> Embedded:
+        """The same there."""
+        return Embedded(self.hidden.to(device), None if self.pooled is None else self.pooled.to(device))
+
 
 def joined(parts: Sequence[Embedded]) -> Embedded:
     """Several, one after another."""
@@ -39,12 +44,33 @@ def joined(parts: Sequence[Embedded]) -> Embedded:
     return Embedded(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be drawn at once.
+
+    Attributes:
+        prompts: one a picture.
+        embedded: of the prompts, where the family draws from embeddings.
+        side: pixels.
+        guidance: how strongly a prompt is followed, in the family's own measure.
+        generators: one a picture.
+        after_step: diffusers' ``callback_on_step_end``.
+    """
+
+    prompts: list[str]
+    embedded: Embedded | None
+    side: int
+    guidance: float
+    generators: list[torch.Generator]
+    after_step: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
 class Family(Protocol):
     """One family of models. Stateless: the parts are handed in."""
 
     @property
     def name(self) -> str:
-        """sd1, sd2 or sdxl."""
+        """sd1, sd2, sdxl or flux."""
 
     @property
     def denoiser(self) -> str:
@@ -54,11 +80,15 @@ class Family(Protocol):
     def encoders(self) -> tuple[str, ...]:
         """The pipeline's text encoders, in the order in which they are joined."""
 
-    def load(self, folder: Path) -> Any:
-        """All but the denoiser of a Diffusers folder, in float32 on the CPU, as a pipeline."""
+    @property
+    def draws_from_embeddings(self) -> bool:
+        """Whether its text encoders are too large to lie beside the denoiser: they speak first, and leave."""
 
-    def load_denoiser(self, folder: Path) -> Any:
-        """The denoiser of a Diffusers folder, in float32 on the CPU."""
+    def load(self, folder: Path) -> Any:
+        """All but the denoiser of a Diffusers folder, on the CPU, as a pipeline; what is trained is in float32."""
+
+    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        """The denoiser of a Diffusers folder, on the CPU."""
 
     def objective(self, pipeline: Any) -> Objective:
         """What the denoiser is trained to predict."""
@@ -68,6 +98,9 @@ class Family(Protocol):
 
     def assemble(self, pipeline: Any, denoiser: Any, scheduler: Any) -> Any:
         """A whole pipeline of the parts of ``pipeline``, to draw with or to be saved."""
+
+    def draw(self, whole: Any, asked: Asked) -> list[Image.Image]:
+        """Pictures of what ``assemble`` put together; drawn in part where it was interrupted."""
 
     def tokens(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids of prompts, padded and cut to the encoders' length."""

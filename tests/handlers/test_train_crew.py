@@ -1,0 +1,117 @@
+"""Several devices, here processes on the CPU, train what one would: the same steps up to the order of sums."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from handlers.context import JobContext
+from handlers.models import miniature
+from handlers.train import crew as crew_room
+from handlers.train.crew import Alone, Crew, crew_of
+from handlers.train.job import TrainHandler
+from tests.handlers.train_session import make_session, payload_of
+
+SPEC = """
+text_encoder: {steps: 3, learning_rate: 1e-4}
+unet: {steps: 4, learning_rate: 1e-4}
+batch_size: 3
+checkpoint_every: 2
+sample_every: 0
+class: shape
+prior: {images: 3, weight: 0.5}
+ema: true
+"""
+PARTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    miniature.ensure("miniature", folder)
+    return folder
+
+
+def train(session: Path, cache: Path, devices: list[str], pause_after: int = 0, pipe: Any = None) -> None:
+    def report(done: float, _total: float, _note: str, facts: Any) -> None:
+        if pipe and "loss" in facts and done == pause_after:
+            pipe.send([child.pid for child in psutil.Process().children(recursive=True)])
+            pipe.recv()
+
+    payload = {**payload_of(session, SPEC), "devices": devices}
+    TrainHandler().run(JobContext(1, "train", payload, "cpu", cache, report, lambda: False, lambda: False))
+
+
+def apart(ours: Path, theirs: Path, base: Path) -> float:
+    """How far two finished models lie apart, of the way that the second one went from its base."""
+    updates, differences = [], []
+    for part in PARTS:
+        first, second, before = (load_file(folder / part) for folder in (ours, theirs, base))
+        updates += [(second[key] - before[key]).flatten().float() for key in second]
+        differences += [(first[key] - second[key]).flatten().float() for key in second]
+    return float(torch.cat(differences).norm() / torch.cat(updates).norm())
+
+
+def test_two_train_what_one_would_also_when_all_are_killed(cache: Path, tmp_path: Path) -> None:
+    finished = Path(".fastsd", "finished", "r1")
+    alone = make_session(tmp_path / "a" / "Sessions" / "dog")
+    train(alone, cache, ["cpu"])
+    pair = make_session(tmp_path / "b" / "Sessions" / "dog")
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    process = spawning.Process(target=train, args=(pair, cache, ["cpu", "cpu"], 6, theirs))
+    process.start()
+    assert ours.poll(180), "the first of the crew gave no sign"
+    members = [psutil.Process(pid) for pid in ours.recv() if psutil.pid_exists(pid)]
+    assert any("spawn_main" in " ".join(member.cmdline()) for member in members), "the second one is a process"
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    gone, left = psutil.wait_procs(members, timeout=30)
+    assert not left, "nobody outlives the first"
+    assert gone
+    train(pair, cache, ["cpu", "cpu"])
+    log = (pair / "runs" / "r1" / "log.txt").read_text()
+    assert "resumed from step 4" in log
+    assert apart(pair / finished, alone / finished, miniature.folder_of("miniature", cache)) < 0.02
+
+
+def test_one_alone_needs_nobody(tmp_path: Path) -> None:
+    with crew_of(["cpu"], "nowhere:nothing", {}) as crew:
+        assert isinstance(crew, Alone)
+        assert crew.sum_of([1.5, 2.0]) == [1.5, 2.0]
+
+
+def ask(crew: Crew, _device: str, task: dict[str, Any]) -> None:
+    """What the other member does in the test below."""
+    crew_room._BUCKET = task["bucket"]  # in a process of its own
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in task["shapes"]]
+    parameters[1].grad = torch.full(task["shapes"][1], 2.0)
+    crew.add_up(parameters)
+    crew.sum_of([float(parameters[1].grad.sum()), 1.0])
+
+
+def test_gradients_are_added_up_and_nobodys_stays_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_room, "_BUCKET", 5)
+    shapes = [(2, 2), (3,), (4,)]
+    before = dict(os.environ)
+    with crew_of(["cpu", "cpu"], "tests.handlers.test_train_crew:ask", {"shapes": shapes, "bucket": 5}) as crew:
+        assert (crew.rank, crew.count) == (0, 2)
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        parameters[0].grad = torch.ones(2, 2)
+        parameters[1].grad = torch.tensor([1.0, 2.0, 3.0])
+        crew.add_up(parameters)
+        assert torch.equal(parameters[0].grad, torch.ones(2, 2))
+        assert torch.equal(parameters[1].grad, torch.tensor([3.0, 4.0, 5.0]))
+        assert parameters[2].grad is None
+        assert crew.sum_of([0.5, 2.0]) == [12.5, 3.0]
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized()
