@@ -32,15 +32,15 @@ def pictures(count: int) -> list[dict[str, Any]]:
     return [{"source": f"/s/zwx ({number}).jpg", "sha256": f"{number:064x}"} for number in range(count)]
 
 
-def fold(losses: Sequence[float], scale: float = 1.0) -> Verdict | None:
+def fold(losses: Sequence[float], nothing: float = 1.0) -> Verdict | None:
     """The first verdict over the losses of a stage."""
-    watch = Watch(scale)
+    watch = Watch(nothing)
     return next((found for step, loss in enumerate(losses, 1) if (found := watch.note(step, loss))), None)
 
 
 # Losses of ordinary runs: one picture a step at random noise levels is lognormal with deviations up to about 1.5.
 spreads = st.floats(0.0, 1.5)
-levels = st.floats(1e-4, 0.5)
+levels = st.floats(1e-4, 0.3)
 
 
 @settings(max_examples=60)
@@ -112,9 +112,18 @@ def test_a_collapse_to_rubbish_stops_though_no_loss_is_large() -> None:
     assert fold([*usual[:USUAL], *usual]) is None
 
 
+def test_a_model_that_falls_to_pieces_at_once_is_stopped_too() -> None:
+    """What is usual was never seen: the second step costs what predicting nothing costs, and so do all others."""
+    draw = random.Random(2)
+    found = fold([0.005, *(1.0 + draw.gauss(0, 0.1) for _ in range(100))])
+    assert found == Verdict(pytest.approx(1.0, abs=0.1), None, found.good_until if found else 0)
+    assert found is not None
+    assert found.good_until <= 2
+
+
 def test_class_pictures_raise_what_is_worthless() -> None:
     assert fold([7.0] * 40) is not None
-    assert fold([7.0] * 40, scale=2.0) is None
+    assert fold([7.0] * 40, nothing=2.0) is None
 
 
 def test_what_is_said_names_step_rate_and_what_to_write() -> None:
