@@ -97,6 +97,9 @@ class LoraSpec(_Section):
 
     rank: int = Field(16, ge=1, le=1024, description="a whole number from 1 to 1024")
     alpha: float = Field(16, gt=0, allow_inf_nan=False, description="a number above 0")
+    convolutions: Auto | bool = Field(
+        "auto", description="auto, true or false: whether the UNet's convolutions learn, too"
+    )
 
 
 class PriorSpec(_Section):

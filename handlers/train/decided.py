@@ -75,6 +75,7 @@ def _how(spec: Mapping[str, Any], plan: Plan) -> list[str]:
             for word, holds in (
                 (f"{plan.at_once} at once", 0 < plan.at_once < plan.pictures_a_step),
                 ("gradient checkpointing", plan.checkpointing),
+                ("base in 4 bits", plan.quantised),
                 ("fused backward pass", plan.fused_backward),
                 ("base in the CPU's memory", plan.offload),
             )

@@ -89,8 +89,8 @@ class Load:
         half: whether it computes in half precision.
         adapter: whether only an adapter is trained.
         average: whether a moving average is kept.
-        devices: that share the pictures of a step.
         quantises: whether the frozen base can be held in 4 bits.
+        devices: that share the pictures of a step.
     """
 
     family: str
@@ -102,8 +102,8 @@ class Load:
     half: bool
     adapter: bool
     average: bool = False
-    devices: int = 1
     quantises: bool = False
+    devices: int = 1
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
@@ -149,13 +149,13 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
     for optimizer in (wanted,) if wanted else order:
         if optimizer not in available:
             continue
-        at_once = -(-load.pictures // load.devices)
-        means: Means | None = Means(at_once, optimizer=optimizer)
+        first = Means(-(-load.pictures // load.devices), optimizer=optimizer)
+        means: Means | None = first
         # 4 bits cost a little exactness, and save more time than a base that comes and goes.
         while means and not (load.quantises and means.offload):
             yield means
             means = means.less(may_offload=load.adapter)
-        means = Means(at_once, quantised=True, optimizer=optimizer) if load.quantises else None
+        means = replace(first, quantised=True) if load.quantises else None
         while means:
             yield means
             means = means.less(may_offload=load.adapter)

@@ -18,7 +18,7 @@ def draw(
     denoiser: Any,
     *,
     wanted: Sequence[tuple[str, int]],
-    embedded: Mapping[str, Embedded],
+    embedded: Mapping[str, Embedded] | None = None,
     batch: int,
     resolution: int,
     guidance: float,
@@ -68,7 +68,7 @@ def draw(
             prompts = [prompt for prompt, _seed in part]
             asked = Asked(
                 prompts,
-                joined([embedded[prompt] for prompt in prompts]) if family.draws_from_embeddings else None,
+                joined([embedded[prompt] for prompt in prompts]) if embedded and family.draws_from_embeddings else None,
                 resolution,
                 guidance,
                 [torch.Generator().manual_seed(seed) for _prompt, seed in part],

@@ -34,6 +34,13 @@ names = st.binary(min_size=1, max_size=255).map(os.fsdecode).filter(lambda name:
         ("Sessions/zwx/zwx-1.safetensors", SESSIONS, "Sessions/zwx", "zwx-1.safetensors", Role.MODEL),
         ("Sessions/zwx/zwx-1.preview.png", SESSIONS, "Sessions/zwx", "zwx-1.preview.png", Role.OWN),
         ("Sessions/zwx/zwx-261125-512d.yaml", SESSIONS, "Sessions/zwx", "zwx-261125-512d.yaml", Role.OWN),
+        (
+            "Sessions/zwx/zwx-261125-512d-step-500.yaml",
+            SESSIONS,
+            "Sessions/zwx",
+            "zwx-261125-512d-step-500.yaml",
+            Role.OWN,
+        ),
         ("Sessions/zwx/trian.yaml", SESSIONS, "Sessions/zwx", "trian.yaml", Role.OTHER),
         ("Sessions/zwx/crops/a.jpg", SESSIONS, "Sessions/zwx", "crops/a.jpg", Role.OWN),
         ("Sessions/zwx/notes.pdf", SESSIONS, "Sessions/zwx", "notes.pdf", Role.OTHER),
