@@ -193,8 +193,21 @@ class Trainer:
         """Put the stage's modules on the device, in the checkpoint's state, and train."""
         plan = self._plan
         parts = [stage.denoiser, *(trained.module for trained in stage.trained.values())]
-        for module in {id(part): part for part in parts}.values():
-            module.requires_grad_(requires_grad=False).to(self._device)
+        modules = list({id(part): part for part in parts}.values())
+        for module in modules:
+            module.requires_grad_(requires_grad=False)
+        stage.groups()  # what is trained is not frozen from now on
+        # What stays in the CPU's memory is put away before the rest moves.
+        fitting = Fitting(
+            plan.means,
+            stage.denoiser,
+            [self._encoders[name] for name in self._encoders if name in stage.trained],
+            self._device,
+            may_offload=plan.is_adapter,
+            told=self._told,
+        )
+        for module in modules:
+            module.to(self._device)
         for name, trained in stage.trained.items():
             trained.module.train()
             if found:
@@ -206,10 +219,6 @@ class Trainer:
             updates.restore(found.load("optimizer"))
             if self._average:
                 self._average.restore(found.load("average"))
-        encoders = [self._encoders[name] for name in self._encoders if name in stage.trained]
-        fitting = Fitting(
-            plan.means, stage.denoiser, encoders, self._device, may_offload=plan.is_adapter, told=self._told
-        )
         start = found.step - stage.first if found else 0
         loop.train_stage(
             stage,
