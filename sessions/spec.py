@@ -97,6 +97,9 @@ class LoraSpec(_Section):
 
     rank: int = Field(16, ge=1, le=1024, description="a whole number from 1 to 1024")
     alpha: float = Field(16, gt=0, allow_inf_nan=False, description="a number above 0")
+    convolutions: Auto | bool = Field(
+        "auto", description="auto, true or false: whether the UNet's convolutions learn, too"
+    )
 
 
 class PriorSpec(_Section):
@@ -414,6 +417,12 @@ def flux_problem(spec: TrainSpec, method: str, base: str) -> Problem | None:
             ("text_encoder", "steps"),
             f"The text encoders of {base} are not trained.",
             "Leave text_encoder out, or write steps: 0.",
+        )
+    if spec.lora.convolutions is True:
+        return Problem(
+            ("lora", "convolutions"),
+            f"{base} has no convolutions: its LoRA is in the linear layers of its blocks.",
+            "Leave convolutions out.",
         )
     if spec.min_snr is not None:
         return Problem(

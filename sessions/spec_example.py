@@ -11,6 +11,8 @@ EXAMPLE = """\
 #class: auto            # what it is: person, dog, car ...
 #concept: auto          # object | face | style
 #captions: auto         # true | false: teach with the texts in captions/
+#caption_dropout: 0.0   # how often a picture is taught without its text, like 0.1
+#caption_shuffle: false # true: what stands between commas changes places; the first part stays in front
 #name: null             # what the model's file is called; null: like this folder
 
 ## What to train
@@ -21,7 +23,7 @@ EXAMPLE = """\
 #buckets: false         # true: wide and tall pictures train as such (up to 2:1) instead of as squares
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
-#lora: {rank: 16, alpha: 16}
+#lora: {rank: 16, alpha: 16, convolutions: auto}   # convolutions: true learns new shapes better, in a larger file
 #prior: {images: 0, weight: 1.0}    # class pictures against forgetting; missing ones are drawn into concept_images/
 
 ## How to train

@@ -129,6 +129,7 @@ class Plan:
         miniature: whether the base is a built-in miniature.
         buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
+        lora_convolutions: whether the UNet's convolutions have factors, too.
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         validation: pictures that are held out.
         ema: whether the result is a moving average.
@@ -167,6 +168,7 @@ class Plan:
     buckets: bool = False
     lora_rank: int = 16
     lora_alpha: float = 16
+    lora_convolutions: bool = False
     caption_dropout: float = 0.0
     caption_shuffle: bool = False
     validation: int = 0
@@ -310,6 +312,7 @@ def make_plan(
         buckets=spec.buckets,
         lora_rank=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
+        lora_convolutions=base.miniature if spec.lora.convolutions == "auto" else spec.lora.convolutions,
         caption_dropout=spec.caption_dropout,
         caption_shuffle=spec.caption_shuffle,
         validation=held_out,

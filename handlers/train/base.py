@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -83,11 +83,11 @@ class BaseModel:
         }
         return {name: sum(prod(part.tensor.shape) for part in parts.values()) for name, parts in found.items()}
 
-    def adapter_parameters(self, parts: Sequence[str], rank: int) -> int:
+    def adapter_parameters(self, layers: Mapping[str, tuple[str, ...]], rank: int) -> int:
         """How many numbers the two factors of an adapter hold; a DoRA's lengths are few beside them.
 
         Args:
-            parts: names of the components that are adapted.
+            layers: name of each component that is adapted → endings of its layers' names.
             rank: of the factors.
 
         Raises:
@@ -95,9 +95,9 @@ class BaseModel:
         """
         shapes = [
             located.tensor.shape
-            for part in parts
+            for part, endings in layers.items()
             for name, located in locate(self.folder, part).items()
-            if is_adapted(name.removesuffix(".weight"), part) and name.endswith(".weight")
+            if name.endswith(".weight") and is_adapted(name.removesuffix(".weight"), endings)
         ]
         return sum(rank * (shape[0] + prod(shape[1:])) for shape in shapes)
 

@@ -133,6 +133,7 @@ def write_adapters(
     facts = {
         "rank": plan.lora_rank,
         "alpha": plan.lora_alpha,
+        "convolutions": plan.lora_convolutions,
         "method": plan.method,
         "base": plan.base,
         "family": plan.family,

@@ -16,6 +16,7 @@ from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
 from handlers.train.quantise import can_quantise
+from handlers.train.trainable import adapted_layers
 from sessions.refusal import Refusal
 from sessions.spec import TrainSpec
 
@@ -56,7 +57,7 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
     encoders = sum(counts[name] for name in base.training.encoders) if plan.text_encoder_steps else 0
     if plan.is_adapter:
         parts = [base.training.denoiser, *(base.training.encoders if encoders else ())]
-        trained, frozen = base.adapter_parameters(parts, plan.lora_rank), denoiser + encoders
+        trained, frozen = base.adapter_parameters(adapted_layers(plan, parts), plan.lora_rank), denoiser + encoders
     elif plan.is_one_stage or plan.train_unet_in_stage_1:
         trained, frozen = denoiser + encoders, 0
     else:
@@ -106,7 +107,7 @@ def check_disk(place: Place, base: BaseModel, plan: Plan, reserve: int) -> None:
     """Refuse before the start what would fill the disk hours later: checkpoints, and models with their single files."""
     parts = [base.training.denoiser, *(base.training.encoders if plan.text_encoder_steps else ())]
     if plan.is_adapter:
-        trained = base.adapter_parameters(parts, plan.lora_rank)
+        trained = base.adapter_parameters(adapted_layers(plan, parts), plan.lora_rank)
         written = trained
     else:
         counts = base.parameters()

@@ -28,7 +28,7 @@ from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
 from handlers.train.recorder import Notes
 from handlers.train.speaking import speak
-from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
+from handlers.train.trainable import Adapter, Trainable, Whole, adapted, adapted_layers
 from handlers.train.wording import Wording
 
 _TITLES = {"finetune": "fine-tuning", "lora": "LoRA", "dora": "DoRA"}
@@ -170,7 +170,7 @@ class Trainer:
             module.to(dtype=DTYPES[plan.precision])
         return adapted(
             module,
-            layers_of(name),
+            adapted_layers(plan, [name])[name],
             rank=plan.lora_rank,
             alpha=plan.lora_alpha,
             dora=plan.method == "dora",

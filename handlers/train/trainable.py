@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
+from handlers.train.auto import Plan
+
 # Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so
 # that the file is one that every WebUI reads.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+# The residual blocks between them: where a UNet draws outlines. LyCORIS calls an adapter with these a LoCon.
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 # Every linear layer of Flux's blocks but those that only scale and shift.
 TRANSFORMER_LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -20,14 +24,26 @@ TRANSFORMER_LAYERS = (
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def layers_of(part: str) -> tuple[str, ...]:
-    """Endings of the names of the layers that an adapter changes in a component: a denoiser, or a text encoder."""
-    return {"unet": UNET_LAYERS, "transformer": TRANSFORMER_LAYERS}.get(part, ENCODER_LAYERS)
+def layers_of(part: str, *, convolutions: bool) -> tuple[str, ...]:
+    """Endings of the names of the layers that an adapter changes in a component.
+
+    Args:
+        part: a denoiser, or a text encoder.
+        convolutions: whether a UNet's are among them.
+    """
+    if part == "unet":
+        return (*UNET_LAYERS, *CONVOLUTIONS) if convolutions else UNET_LAYERS
+    return TRANSFORMER_LAYERS if part == "transformer" else ENCODER_LAYERS
 
 
-def is_adapted(layer: str, part: str) -> bool:
-    """Whether an adapter changes a layer of a component."""
-    return layer.endswith(tuple(f".{ending}" for ending in layers_of(part)))
+def adapted_layers(plan: Plan, parts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name of each component → endings of the names of the layers that the plan's adapter changes in it."""
+    return {part: layers_of(part, convolutions=plan.lora_convolutions) for part in parts}
+
+
+def is_adapted(layer: str, layers: tuple[str, ...]) -> bool:
+    """Whether an adapter of these layers changes one."""
+    return layer.endswith(tuple(f".{ending}" for ending in layers))
 
 
 class Trainable(Protocol):

@@ -137,7 +137,7 @@ def _put_in(pipeline: Any, folder: Path) -> None:
     for part in facts["parts"]:
         adapter = adapted(
             getattr(pipeline, part),
-            layers_of(part),
+            layers_of(part, convolutions=facts["convolutions"]),
             rank=facts["rank"],
             alpha=facts["alpha"],
             dora=facts["method"] == "dora",
