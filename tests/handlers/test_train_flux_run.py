@@ -9,9 +9,11 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from handlers.context import JobContext, JobResult, Stopping
@@ -190,7 +192,7 @@ def test_killed_it_ends_with_the_same_bytes(
     assert finished(killed) == finished(whole)
 
 
-def with_means(session: Path, **means: bool) -> None:
+def with_means(session: Path, **means: Any) -> None:
     """Write other means into a run that was stopped after its first step: it goes by what it wrote down."""
     path = session / "runs" / "r1" / "run.json"
     record = json.loads(path.read_text())
@@ -202,8 +204,10 @@ def adapter_of(session: Path) -> dict[str, torch.Tensor]:
     return load_file(session / ".fastsd" / "finished" / "r1" / ADAPTER_FILE)
 
 
-def run_with(session: Path, models: Path, cache: Path, **means: bool) -> dict[str, torch.Tensor]:
-    payload = asked(session, models)
+def run_with(session: Path, models: Path, cache: Path, *, base: str = DEV, **means: Any) -> dict[str, torch.Tensor]:
+    payload = asked(session, models, base=base)
+    if base == "miniature":
+        payload["spec"] = {**payload["spec"], "resolution": 64}
     with pytest.raises(Stopping):
         train(payload, cache, stop_after=1)
     shutil.rmtree(session / "checkpoints")
@@ -233,6 +237,22 @@ def test_blocks_that_come_and_go_learn_the_same(models: Path, cache: Path, tmp_p
     )
     assert not torch.equal(ours, theirs)
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("base", [DEV, "miniature"])
+def test_in_half_precision_it_learns_about_the_same_and_shows_it(
+    base: str, models: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As on a GPU: the base in bfloat16, of Flux in 4 bits, the adapter in float32, the VAE in float32."""
+    whole = run_with(make_session(tmp_path / "a" / "Sessions" / "dog"), models, cache, base=base)
+    session = make_session(tmp_path / "b" / "Sessions" / "dog")
+    half = run_with(session, models, cache, base=base, precision="bf16", sample_every=4, quantised=base == DEV)
+    ours, theirs = (
+        torch.cat([made[key].flatten() for key in made if "lora_B" in key]).float() for made in (half, whole)
+    )
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.7
+    with Image.open(session / "previews" / "samples-step-4.jpg") as shown:
+        assert np.asarray(shown).std() > 5
 
 
 def test_the_loss_goes_down(models: Path, cache: Path, tmp_path: Path) -> None:
