@@ -421,6 +421,12 @@ def flux_problem(spec: TrainSpec, method: str, base: str) -> Problem | None:
             f"The text encoders of {base} are not trained.",
             "Leave text_encoder out, or write steps: 0.",
         )
+    if spec.lora.convolutions is True:
+        return Problem(
+            ("lora", "convolutions"),
+            f"{base} has no convolutions: its LoRA is in the linear layers of its blocks.",
+            "Leave convolutions out.",
+        )
     if spec.min_snr is not None:
         return Problem(
             ("min_snr",),

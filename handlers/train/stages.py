@@ -194,8 +194,21 @@ class Trainer:
         """Put the stage's modules on the device, in the checkpoint's state, and train."""
         plan = self._plan
         parts = [stage.denoiser, *(trained.module for trained in stage.trained.values())]
-        for module in {id(part): part for part in parts}.values():
-            module.requires_grad_(requires_grad=False).to(self._device)
+        modules = list({id(part): part for part in parts}.values())
+        for module in modules:
+            module.requires_grad_(requires_grad=False)
+        stage.groups()  # what is trained is not frozen from now on
+        # What stays in the CPU's memory is put away before the rest moves.
+        fitting = Fitting(
+            plan.means,
+            stage.denoiser,
+            [self._encoders[name] for name in self._encoders if name in stage.trained],
+            self._device,
+            may_offload=plan.is_adapter,
+            told=self._told,
+        )
+        for module in modules:
+            module.to(self._device)
         for name, trained in stage.trained.items():
             trained.module.train()
             if found:
@@ -208,10 +221,6 @@ class Trainer:
             updates.restore(found.load("optimizer"))
             if self._average:
                 self._average.restore(found.load("average"))
-        encoders = [self._encoders[name] for name in self._encoders if name in stage.trained]
-        fitting = Fitting(
-            plan.means, stage.denoiser, encoders, self._device, may_offload=plan.is_adapter, told=self._told
-        )
         start = found.step - stage.first if found else 0
         loop.train_stage(
             stage,
@@ -228,9 +237,8 @@ class Trainer:
     def _quicken(self, denoiser: Any) -> None:
         """What makes steps faster and leaves results as they are, but for rounding."""
         if self._device.startswith("cuda") and isinstance(denoiser, UNet2DConditionModel):
-            denoiser.to(
-                memory_format=torch.channels_last
-            )  # a convolution on tensor cores wants its channels side by side
+            # A convolution on tensor cores wants its channels side by side.
+            denoiser.to(memory_format=torch.channels_last)
         if self._plan.compile and self._plan.offload:
             self._told("compile: false, since the blocks of the base come and go")
         elif self._plan.compile:

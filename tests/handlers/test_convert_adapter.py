@@ -149,7 +149,13 @@ def test_what_programs_are_told_of_each_family(trained: Make, tmp_path: Path) ->
     told = {}
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for family, prediction in (("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v"), ("sdxl", "epsilon")):
+    for family, prediction in (
+        ("sd1", "epsilon"),
+        ("sd2", "epsilon"),
+        ("sd2", "v"),
+        ("sdxl", "epsilon"),
+        ("flux", "flow"),
+    ):
         facts = {"rank": 8, "alpha": 0.5, "method": "lora", "base": "b", "family": family, "parts": ["unet"]}
         (folder / ADAPTER_FACTS).write_text(json.dumps({**facts, "prediction": prediction, "resolution": 512}))
         header = adapter_header(read_facts(folder), {})
@@ -160,6 +166,7 @@ def test_what_programs_are_told_of_each_family(trained: Make, tmp_path: Path) ->
         ("sd2", "epsilon"): ("stable-diffusion-v2-512/lora", "sd_v2", "True"),
         ("sd2", "v"): ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
         ("sdxl", "epsilon"): ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+        ("flux", "flow"): ("Flux.1-dev/lora", "flux1", "False"),
     }
     assert read_facts(trained("miniature-sd2", "lora")).pipeline.prediction == "v"
 
@@ -267,9 +274,9 @@ def test_an_unproven_file_never_has_its_name(
         (lambda folder: (folder / ADAPTER_FILE).write_bytes(b"torn"), "pytorch_lora_weights"),
         (
             lambda folder: (folder / ADAPTER_FACTS).write_text(
-                (folder / ADAPTER_FACTS).read_text().replace('"sd1"', '"flux"')
+                (folder / ADAPTER_FACTS).read_text().replace('"sd1"', '"kosmos2"')
             ),
-            "which flux has not",
+            "an adapter of kosmos2",
         ),
     ],
 )

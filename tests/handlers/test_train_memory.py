@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ loads = st.builds(
     half=st.booleans(),
     adapter=st.booleans(),
     average=st.booleans(),
+    quantises=st.booleans(),
 )
 
 
@@ -85,6 +87,21 @@ def test_the_presets_of_the_real_families() -> None:
     lora = Load("sdxl", 23_000_000, 2_567_000_000, 2_567_000_000, 1024, 1, half=True, adapter=True)
     assert chosen(lora, "12GB") == Means(1, checkpointing=True)
     assert chosen(lora, "8GB") == Means(1, checkpointing=True, offload=True)
+
+
+def test_the_presets_of_flux() -> None:
+    """What FLUX.1 asks by its size: 11.9 billion numbers, and a LoRA of rank 16 in all its blocks."""
+    load = Load("flux", 65_000_000, 11_901_000_000, 11_901_000_000, 512, 1, half=True, adapter=True, quantises=True)
+    expected = {
+        "8GB": Means(1, checkpointing=True, quantised=True, offload=True),
+        "12GB": Means(1, checkpointing=True, quantised=True),
+        "16GB": Means(1, quantised=True),
+        "24GB": Means(1, quantised=True),
+        "48GB": Means(1),
+    }
+    assert {size: choose(load, None, ALL, memory.bytes_named(size)) for size in expected} == expected
+    whole = replace(load, quantises=False)
+    assert choose(whole, None, ALL, memory.bytes_named("24GB")) == Means(1, checkpointing=True, offload=True)
 
 
 def test_all_of_sdxl_in_a_small_card_is_refused_when_the_file_is_read() -> None:
