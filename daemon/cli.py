@@ -194,7 +194,7 @@ def _add_lora(commands: argparse._SubParsersAction[_Parser]) -> None:
     convert.add_argument("source", type=Path, metavar="SRC", help="a .safetensors file, or a peft folder")
     convert.add_argument("out", type=Path, metavar="DST", help="the .safetensors file to make")
     convert.add_argument("--to", choices=("kohya", "diffusers"), default="kohya", help="default: kohya")
-    convert.add_argument("--family", choices=("sd1", "sd2", "sdxl"), help="where the file does not tell")
+    convert.add_argument("--family", choices=("sd1", "sd2", "sdxl", "flux"), help="where the file does not tell")
     extract = _command(actions, "extract", "lora:extract", "what distinguishes a model from its base, as a LoRA")
     extract.add_argument("source", type=Path, metavar="MODEL", help="a Diffusers folder or one file")
     extract.add_argument("base", type=Path, metavar="BASE", help="what it was trained from")

@@ -50,6 +50,7 @@ class AdapterFacts:
         base: the name of the model that it was trained on.
         pipeline: family, prediction and resolution of that base; its folder is the adapter's.
         rank, alpha: of all its pairs.
+        convolutions: whether a UNet's convolutions have pairs.
         parts: the components that it changes.
     """
 
@@ -59,6 +60,7 @@ class AdapterFacts:
     rank: int
     alpha: float
     parts: tuple[str, ...]
+    convolutions: bool = False
 
 
 def is_adapter(folder: Path) -> bool:
@@ -83,6 +85,7 @@ def read_facts(folder: Path) -> AdapterFacts:
             int(value["rank"]),
             float(value["alpha"]),
             tuple(map(str, value["parts"])),
+            value.get("convolutions") is True,
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refusal("source", f"The {ADAPTER_FACTS} of {folder.name} is damaged.", _AGAIN) from None
@@ -168,12 +171,14 @@ def adapter_header(facts: AdapterFacts, extra: Mapping[str, object]) -> dict[str
     spoken = modelspec(facts.pipeline, extra)
     family = facts.pipeline.family
     is_v = facts.pipeline.prediction == "v"
+    of_convolutions = {"conv_dim": str(facts.rank), "conv_alpha": f"{facts.alpha:g}"}
     return {
         **spoken,
         "modelspec.architecture": f"{spoken['modelspec.architecture']}/lora",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(facts.rank),
         "ss_network_alpha": f"{facts.alpha:g}",
+        **({"ss_network_args": json.dumps(of_convolutions)} if facts.convolutions else {}),
         "ss_base_model_version": _BASES[family] + ("_v" if is_v and family != "sdxl" else ""),
         "ss_v2": str(family == "sd2"),
         "ss_sd_model_name": facts.base,

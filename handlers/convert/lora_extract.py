@@ -17,7 +17,7 @@ from handlers.convert.ask import Progress, check_room, dtype_of, silent
 from handlers.convert.cast import cast, decode
 from handlers.convert.families import FAMILIES
 from handlers.convert.lora import read_lora, scalar
-from handlers.convert.lora_names import LORA_FAMILIES, Module, dotted, flat, to_kohya
+from handlers.convert.lora_names import FLAT_FAMILIES, Module, dotted, flat, to_kohya
 from handlers.convert.lora_write import Written, matrix_of
 from handlers.convert.pieces import Sources
 from handlers.convert.plan import Entry, to_components, whole
@@ -105,7 +105,7 @@ def _modules(path: Path) -> tuple[str, dict[Module, Entry]]:
         single = read_single(path, "trained")
         family = FAMILIES[single.family]
         parts, _ = to_components(family.components, single.tensors)
-    if family.name not in LORA_FAMILIES:
+    if family.name not in FLAT_FAMILIES:
         raise Refusal("source", f"{path.name} is of the family {family.name}.", "SD 1, SD 2 and SDXL can be compared.")
     return family.name, dict(_weights(parts))
 

@@ -36,7 +36,8 @@ _TEXT = "text_model."
 _FLUX = ("transformer_blocks.", "single_transformer_blocks.")
 # kohya's flat names of Flux speak of layers that hold q, k and v together, where an adapter has one pair for each.
 DOTTED = "flux"
-LORA_FAMILIES = (*_KOHYA, DOTTED)
+FLAT_FAMILIES = tuple(_KOHYA)
+LORA_FAMILIES = (*FLAT_FAMILIES, DOTTED)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,15 @@ def to_single(components: Sequence[Component], found: Mapping[str, Tensors], fam
 def with_ties(components: Sequence[Component], plan: Sequence[Entry]) -> list[Entry]:
     """The plan with tied tensors under both their names: readers of single files do not tie."""
     more = {part.prefix + name: part.prefix + other for part in components for other, name in part.tied}
-    return [*plan, *(replace(entry, name=more[entry.name]) for entry in plan if entry.name in more)]
+    have = {entry.name for entry in plan}
+    return [
+        *plan,
+        *(
+            replace(entry, name=more[entry.name])
+            for entry in plan
+            if entry.name in more and more[entry.name] not in have
+        ),
+    ]
 
 
 def _joined(component: Component, match: Match, tensors: Tensors) -> Entry:

@@ -98,7 +98,7 @@ def prove_lora(
         client: the WebUI.
         lora: its entry in the list.
         digest: ``data_hash`` of its file.
-        family: sd1, sd2 or sdxl.
+        family: sd1, sd2, sdxl or flux.
         trigger: the words that the LoRA answers to.
         until_back: waits for a WebUI that has just gone away; False when it stays away.
 

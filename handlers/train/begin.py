@@ -66,6 +66,7 @@ def prepare(
         prompts = sample_prompts(plan.instance, plan.class_, plan.concept, sources, templates=plan.templates)
         plan = replace(plan, prompts=prompts)
     plan = room.fitted(plan, spec, base, devices_of(context, plan))
+    room.check_memory(base, plan)
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
     image_of = dict(zip((str(picture["source"]) for picture in rendered.pictures), rendered.images, strict=True))

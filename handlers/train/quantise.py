@@ -60,6 +60,8 @@ def _in_4_bits(layer: nn.Linear, device: str) -> Any:
             compute_dtype=layer.weight.dtype,
             quant_type="nf4",
         )
+    # Else a CPU packs the weights another way once it draws a sample, and no gradient passes through those.
+    made.support_avx512bf16_for_cpu = False
     # It is quantised as it arrives.
     made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
         device

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from handlers.caption.memory import free_memory
 from handlers.train import checkpoint, memory
 from handlers.train.auto import Plan
 from handlers.train.base import BaseModel
+from handlers.train.fresh import DTYPES
 from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
@@ -73,6 +75,27 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
         devices=devices,
         quantises=plan.is_adapter and base.training.draws_from_embeddings and can_quantise(),
     )
+
+
+def check_memory(base: BaseModel, plan: Plan) -> None:
+    """Refuse to read a base that this machine's memory cannot hold: nothing would be raised, the process would end.
+
+    Only of bases so large that it must be asked; their text encoders are read before, and are gone by then.
+
+    Raises:
+        Refusal: code ``memory``.
+    """
+    if not base.training.draws_from_embeddings:
+        return
+    needed = base.parameters()[base.training.denoiser] * DTYPES[plan.precision].itemsize
+    free = free_memory()
+    if needed > free:
+        raise Refusal(
+            "memory",
+            f"{plan.base} takes {needed / GB:.0f} GB of the computer's memory while it is read; "
+            f"{free / GB:.0f} are free.",
+            "Close other programs, or use base: sdxl.",
+        )
 
 
 def gpu_bytes(device: str) -> int:

@@ -23,7 +23,7 @@ from handlers.train.auto import make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import write_adapters
 from handlers.train.place import Place
-from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, adapted
+from handlers.train.trainable import adapted, layers_of
 from sessions.files import sha256_of
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
@@ -63,7 +63,7 @@ def finish(base: BaseModel, method: str, session: Path) -> Path:
     adapters = {}
     for number, part in enumerate(("unet", *base.training.encoders)):
         module = base.load_denoiser() if part == "unet" else getattr(pipeline, part)
-        layers = UNET_LAYERS if part == "unet" else ENCODER_LAYERS
+        layers = layers_of(part, convolutions=plan.lora_convolutions)
         adapters[part] = adapted(
             module, layers, rank=plan.lora_rank, alpha=plan.lora_alpha, dora=method == "dora", seed=number
         )
@@ -123,6 +123,10 @@ def test_it_holds_and_computes_what_was_trained(
     if family == "sd1":
         down = written["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"]
         assert down.shape == (4, 48, 1, 1), "a convolution's factors are convolutions"
+        down = written["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
+        assert down.shape == (4, 48, 3, 3)
+        up = written["lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight"]
+        assert up.shape == (48, 4, 1, 1)
     values = sorted(float(tensor.double().sum()) for key, tensor in written.items() if not key.endswith("alpha"))
     assert values == sorted(float(tensor.double().sum()) for tensor in load_file(source / ADAPTER_FILE).values())
 
@@ -131,6 +135,7 @@ def test_it_holds_and_computes_what_was_trained(
     metadata = metadata_of(output)
     assert metadata["ss_network_module"] == "networks.lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6")
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "6"}
     assert metadata["modelspec.architecture"].endswith("/lora")
     assert (metadata["modelspec.trigger_phrase"], metadata["fastsd.run"]) == ("zwx dog", "r1")
 
@@ -144,7 +149,13 @@ def test_what_programs_are_told_of_each_family(trained: Make, tmp_path: Path) ->
     told = {}
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for family, prediction in (("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v"), ("sdxl", "epsilon")):
+    for family, prediction in (
+        ("sd1", "epsilon"),
+        ("sd2", "epsilon"),
+        ("sd2", "v"),
+        ("sdxl", "epsilon"),
+        ("flux", "flow"),
+    ):
         facts = {"rank": 8, "alpha": 0.5, "method": "lora", "base": "b", "family": family, "parts": ["unet"]}
         (folder / ADAPTER_FACTS).write_text(json.dumps({**facts, "prediction": prediction, "resolution": 512}))
         header = adapter_header(read_facts(folder), {})
@@ -155,6 +166,7 @@ def test_what_programs_are_told_of_each_family(trained: Make, tmp_path: Path) ->
         ("sd2", "epsilon"): ("stable-diffusion-v2-512/lora", "sd_v2", "True"),
         ("sd2", "v"): ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True"),
         ("sdxl", "epsilon"): ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+        ("flux", "flow"): ("Flux.1-dev/lora", "flux1", "False"),
     }
     assert read_facts(trained("miniature-sd2", "lora")).pipeline.prediction == "v"
 
@@ -262,9 +274,9 @@ def test_an_unproven_file_never_has_its_name(
         (lambda folder: (folder / ADAPTER_FILE).write_bytes(b"torn"), "pytorch_lora_weights"),
         (
             lambda folder: (folder / ADAPTER_FACTS).write_text(
-                (folder / ADAPTER_FACTS).read_text().replace('"sd1"', '"flux"')
+                (folder / ADAPTER_FACTS).read_text().replace('"sd1"', '"kosmos2"')
             ),
-            "an adapter of flux",
+            "an adapter of kosmos2",
         ),
     ],
 )

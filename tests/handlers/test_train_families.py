@@ -12,6 +12,7 @@ from handlers.models import miniature
 from handlers.train.base import find_base
 from handlers.train.families.interface import joined
 from handlers.train.trainable import adapted, layers_of
+from tests.handlers.flux_models import DEV, build
 
 PROMPTS = ["a zwx star on a blue background", "a small red circle"]
 
@@ -84,12 +85,19 @@ def test_auto_is_what_the_gpu_can_train_and_what_is_here(tmp_path: Path, monkeyp
     assert find_base("auto", None, tmp_path, 24 * 1024**3).model.name == "sd15"
 
 
-@pytest.mark.parametrize("convolutions", [False, True])
-@pytest.mark.parametrize("name", ["miniature", "miniature-sdxl"])
-def test_the_size_of_an_adapter_is_told_from_headers(name: str, convolutions: bool, cache: Path) -> None:
-    base = find_base(name, None, cache)
-    pipeline, unet = base.load_pipeline(), base.load_denoiser()
-    modules = {"unet": unet, **{part: getattr(pipeline, part) for part in base.training.encoders}}
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("miniature", False), ("miniature", True), ("miniature-sdxl", False), ("miniature-sdxl", True), (DEV, False)],
+)
+def test_the_size_of_an_adapter_is_told_from_headers(
+    name: str, convolutions: bool, cache: Path, tmp_path: Path
+) -> None:
+    if name == DEV:
+        build(name, tmp_path)
+    base = find_base(name, tmp_path, cache)
+    pipeline, denoiser = base.load_pipeline(), base.load_denoiser()
+    encoders = {part: getattr(pipeline, part) for part in base.training.encoders if name != DEV}
+    modules = {base.training.denoiser: denoiser, **encoders}
     layers = {part: layers_of(part, convolutions=convolutions) for part in modules}
     made = [adapted(modules[part], layers[part], rank=3, alpha=3, dora=False, seed=1) for part in modules]
     wanted = sum(tensor.numel() for adapter in made for tensor in adapter.tensors().values())

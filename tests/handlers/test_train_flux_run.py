@@ -9,22 +9,26 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert import adapter_forward
 from handlers.convert.adapter import ADAPTER_FILE, read_facts
 from handlers.convert.job import ConvertHandler
+from handlers.convert.job import convert as write_single
 from handlers.convert.verify import Unproven
 from handlers.models.inspect import inspect
-from handlers.train import sampler
+from handlers.train import room, sampler
 from handlers.train.base import find_base
 from handlers.train.job import TrainHandler
 from handlers.train.speaking import speak
 from handlers.train.trainable import TRANSFORMER_LAYERS, adapted
+from sessions.refusal import Refusal
 from tests.handlers.flux_models import DEV, SCHNELL, build
 from tests.handlers.test_train_resume import finished, run_child, tear
 from tests.handlers.train_session import make_session, payload_of
@@ -188,7 +192,7 @@ def test_killed_it_ends_with_the_same_bytes(
     assert finished(killed) == finished(whole)
 
 
-def with_means(session: Path, **means: bool) -> None:
+def with_means(session: Path, **means: Any) -> None:
     """Write other means into a run that was stopped after its first step: it goes by what it wrote down."""
     path = session / "runs" / "r1" / "run.json"
     record = json.loads(path.read_text())
@@ -200,8 +204,10 @@ def adapter_of(session: Path) -> dict[str, torch.Tensor]:
     return load_file(session / ".fastsd" / "finished" / "r1" / ADAPTER_FILE)
 
 
-def run_with(session: Path, models: Path, cache: Path, **means: bool) -> dict[str, torch.Tensor]:
-    payload = asked(session, models)
+def run_with(session: Path, models: Path, cache: Path, *, base: str = DEV, **means: Any) -> dict[str, torch.Tensor]:
+    payload = asked(session, models, base=base)
+    if base == "miniature":
+        payload["spec"] = {**payload["spec"], "resolution": 64}
     with pytest.raises(Stopping):
         train(payload, cache, stop_after=1)
     shutil.rmtree(session / "checkpoints")
@@ -211,7 +217,7 @@ def run_with(session: Path, models: Path, cache: Path, **means: bool) -> dict[st
 
 
 def test_blocks_that_come_and_go_learn_the_same(models: Path, cache: Path, tmp_path: Path) -> None:
-    means = {
+    means: dict[str, dict[str, Any]] = {
         "plain": {"checkpointing": True},
         "moved": {"checkpointing": True, "offload": True},
         "coarse": {"checkpointing": True, "quantised": True},
@@ -231,3 +237,64 @@ def test_blocks_that_come_and_go_learn_the_same(models: Path, cache: Path, tmp_p
     )
     assert not torch.equal(ours, theirs)
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("base", [DEV, "miniature"])
+def test_in_half_precision_it_learns_about_the_same_and_shows_it(
+    base: str, models: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As on a GPU: the base in bfloat16, of Flux in 4 bits, the adapter in float32, the VAE in float32."""
+    whole = run_with(make_session(tmp_path / "a" / "Sessions" / "dog"), models, cache, base=base)
+    session = make_session(tmp_path / "b" / "Sessions" / "dog")
+    half = run_with(session, models, cache, base=base, precision="bf16", sample_every=4, quantised=base == DEV)
+    ours, theirs = (
+        torch.cat([made[key].flatten() for key in made if "lora_B" in key]).float() for made in (half, whole)
+    )
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.7
+    with Image.open(session / "previews" / "samples-step-4.jpg") as shown:
+        assert np.asarray(shown).std() > 5
+
+
+def test_the_loss_goes_down(models: Path, cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    payload = asked(session, models)
+    more = {"unet": {"steps": 40, "learning_rate": 1e-2}, "checkpoint_every": 100, "batch_size": 2}
+    payload["spec"] = {**payload["spec"], **more}
+    train(payload, cache)
+    rows = (session / "runs" / "r1" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+def test_a_base_that_memory_cannot_hold_is_refused_before_it_is_read(
+    models: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    monkeypatch.setattr(room, "free_memory", lambda: 1000)
+    with pytest.raises(Refusal, match="of the computer's memory while it is read"):
+        train(asked(session, models), cache)
+    assert not (session / "runs" / "r1" / "run.json").exists()
+
+
+def test_one_file_is_a_base_and_a_variant_is_none(models: Path, cache: Path, tmp_path: Path) -> None:
+    own = tmp_path / "Models"
+    shutil.copytree(models / DEV, own / "mine")
+    write_single(own / "mine", own / "mine.safetensors", verify="header")
+    base = find_base("mine.safetensors", own, cache)
+    assert (base.model.kind, base.training.name) == ("checkpoint", "flux")
+    ours, theirs = base.load_denoiser().state_dict(), find_base(DEV, models, cache).load_denoiser().state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    for kind, channels, what in (
+        ("FluxPipeline", 24, "reads 24 channels"),
+        ("FluxFillPipeline", 16, "is a FluxFillPipeline"),
+        ("FluxKontextPipeline", 16, "is a FluxKontextPipeline"),
+    ):
+        for name, key, value in (
+            ("transformer/config.json", "in_channels", channels),
+            ("model_index.json", "_class_name", kind),
+        ):
+            document = json.loads((own / "mine" / name).read_text())
+            (own / "mine" / name).write_text(json.dumps({**document, key: value}))
+        with pytest.raises(Refusal, match=what):
+            find_base("mine", own, cache)
