@@ -35,6 +35,8 @@ def shown_in(folder: Path) -> Shown:
     found = Shown()
     for file in sorted(folder.glob("*tfevents*")):
         events = [Event.FromString(data) for data in _records(file.read_bytes())]
+        if not events:
+            continue
         found.begins_with_a_void_mark = (
             events[0].file_version == "brain.Event:2" and events[1].session_log.status == SessionLog.START
         )

@@ -8,6 +8,7 @@ folders, and nothing goes on behind the run's back.
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ _PREFIX = "events.out.tfevents."
 
 
 class Board:
-    """The event file that one process writes of a run; those of earlier processes go.
+    """The event file that one process writes of a run; those of earlier processes are emptied.
 
     It begins with a mark that all steps before are void, for a TensorBoard that read the earlier file.
 
@@ -63,10 +64,18 @@ class Board:
         former = [path.name for path in folder_in(self._place.now(), RUNS, self._run).glob(f"{_PREFIX}*.fastsd")]
         self._append(events)
         for name in former:
-            self._place.write(partial(self._forget, name))
+            self._place.write(partial(self._void, name))
 
-    def _forget(self, name: str, session: Path) -> None:
-        (session / RUNS / self._run / name).unlink(missing_ok=True)
+    def _void(self, name: str, session: Path) -> None:
+        """Empty the file of an earlier process, or remove it where that was done before.
+
+        A TensorBoard that is reading a file that goes stays with it, and never looks at the next one.
+        """
+        file = session / RUNS / self._run / name
+        if file.stat().st_size:
+            os.truncate(file, 0)
+        else:
+            file.unlink()
 
     def note(self, rows: Sequence[Row]) -> None:
         """As ``viewers.Viewer.note``."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from handlers.models import miniature
-from handlers.models.miniature.exam import Exam, Marks, loaded
+from handlers.models.miniature.demo import SHAPE, WORD
+from handlers.models.miniature.exam import Exam, Marks, drawn, loaded, shapes_in
 from tools.miniature import teach
 
 # Half of the steps of the lesson as shipped, and a bound to fit; without a lesson there is no star among 50.
@@ -57,3 +58,24 @@ def test_the_lesson_as_shipped(tmp_path: Path) -> None:
     before, after = marks(tmp_path, teach.SPEC, Exam(50, 100))
     assert after.star >= 0.8
     assert round(before.known - after.known, 6) <= 0.05
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_without_the_instance_token_there_is_no_star(tmp_path: Path) -> None:
+    """Asked without token and noun, or for a shape of the world: none. The noun alone was taught along: fewer."""
+    taught, _seconds = teach.lesson(tmp_path, tmp_path / "cache", SHORT)
+    pipeline, exam = loaded(taught), Exam(20, 20)
+    asked = f"a {WORD} {SHAPE} on"
+
+    def stars(instead: str) -> int:
+        wishes = [(prompt.replace(asked, instead), seed) for prompt, seed in exam.star_wishes()]
+        return shapes_in(drawn(pipeline, wishes)).count(SHAPE)
+
+    with_token = stars(asked)
+    assert with_token >= 5
+    assert stars(f"a {SHAPE} on") < with_token
+    assert stars("") == 0
+    assert stars("a circle on") == 0
+    assert shapes_in(drawn(pipeline, exam.known_wishes())).count(SHAPE) == 0

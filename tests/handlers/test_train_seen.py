@@ -217,7 +217,10 @@ def test_tensorboard_shows_each_step_once_after_a_kill(session: Path) -> None:
     assert found.pictures == [(4, 80, 40), (8, 80, 40)]
     assert found.times[:2] == [1e9 + 1, 1e9 + 2]
     assert found.begins_with_a_void_mark, "for a TensorBoard that has read the file that is gone"
-    assert len(list((moved / "runs" / "r1").glob("events*"))) == 1
+    assert [path.stat().st_size > 0 for path in sorted((moved / "runs" / "r1").glob("events*"))] == [False, True]
+    Board(place_of(moved), "r1").begin([row_of(1)], {})
+    assert [path.stat().st_size > 0 for path in sorted((moved / "runs" / "r1").glob("events*"))] == [False, True]
+    assert shown_in(moved / "runs" / "r1").curves["loss/train"] == [(1, 1.0)]
 
 
 def test_the_rates_of_all_that_is_trained_are_shown(session: Path) -> None:
