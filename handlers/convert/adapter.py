@@ -51,6 +51,7 @@ class AdapterFacts:
         pipeline: family, prediction and resolution of that base; its folder is the adapter's.
         rank, alpha: of all its pairs.
         parts: the components that it changes.
+        is_schnell: whether the base is a FLUX.1 [schnell].
     """
 
     method: str
@@ -59,6 +60,7 @@ class AdapterFacts:
     rank: int
     alpha: float
     parts: tuple[str, ...]
+    is_schnell: bool = False
 
 
 def is_adapter(folder: Path) -> bool:
@@ -83,6 +85,7 @@ def read_facts(folder: Path) -> AdapterFacts:
             int(value["rank"]),
             float(value["alpha"]),
             tuple(map(str, value["parts"])),
+            bool(value.get("schnell")),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refusal("source", f"The {ADAPTER_FACTS} of {folder.name} is damaged.", _AGAIN) from None
@@ -168,9 +171,10 @@ def adapter_header(facts: AdapterFacts, extra: Mapping[str, object]) -> dict[str
     spoken = modelspec(facts.pipeline, extra)
     family = facts.pipeline.family
     is_v = facts.pipeline.prediction == "v"
+    architecture = spoken["modelspec.architecture"].replace("dev", "schnell" if facts.is_schnell else "dev")
     return {
         **spoken,
-        "modelspec.architecture": f"{spoken['modelspec.architecture']}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(facts.rank),
         "ss_network_alpha": f"{facts.alpha:g}",
