@@ -136,6 +136,7 @@ class Settings(_Settings):
     quiet_hours: str | None = None
     languages: Languages = Field(default_factory=list)
     translator: str = "m2m100"
+    wandb: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\x00-\x1f]+$")] | None = None
 
 
 class BadSettings(Exception):  # noqa: N818 - the refusal says what is wrong

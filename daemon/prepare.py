@@ -222,6 +222,7 @@ class Preparer:
             "models": self.models,
             "disk_reserve": self.settings.limits.disk_reserve,
             "spec_record": spec_record.to_json(),
+            **({"wandb": self.settings.wandb} if self.settings.wandb else {}),
             "devices": list(self.crew),
         }
         ended = session.manifest.get("train", stored["run"]) or {}

@@ -160,6 +160,9 @@ class TrainSpec(_Section):
     offset_noise: Auto | Annotated[float, Field(ge=0, le=1)] = Field("auto", description="auto or a number from 0 to 1")
     min_snr: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="null or a number like 5")
     ema: bool = Field(default=False, description="true or false")
+    compile: bool = Field(
+        default=False, description="true or false: minutes to compile at the start, and faster steps after them"
+    )
     vae: Token = Field("auto", description="auto, a name of `fastsd models list`, or a name under Models/")
     checkpoint_every: Every = Field("10min", description="a time like 10min, or a number of steps")
     sample_every: Auto | Count = Field("auto", description="auto, a number of steps, or 0 for none")

@@ -33,6 +33,7 @@ EXAMPLE = """\
 #batch_size: auto       # pictures a step; auto: 1, and more for the miniatures
 #precision: auto        # fp32 | fp16 | bf16
 #memory: auto
+#compile: false         # true: minutes to compile at the start, and faster steps after them; for long runs on a GPU
 #seed: 7
 #offset_noise: auto     # 0.1 for styles
 #min_snr: null

@@ -23,6 +23,7 @@ text_encoder: {steps: 2}
 unet: {steps: 6, learning_rate: 1e-3}
 save_every: 2
 sample_every: 0
+batch_size: 1
 checkpoint_every: 1
 """
 

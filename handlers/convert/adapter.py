@@ -50,6 +50,7 @@ class AdapterFacts:
         base: the name of the model that it was trained on.
         pipeline: family, prediction and resolution of that base; its folder is the adapter's.
         rank, alpha: of all its pairs.
+        convolutions: whether a UNet's convolutions have pairs.
         parts: the components that it changes.
         is_schnell: whether the base is a FLUX.1 [schnell].
     """
@@ -60,6 +61,7 @@ class AdapterFacts:
     rank: int
     alpha: float
     parts: tuple[str, ...]
+    convolutions: bool = False
     is_schnell: bool = False
 
 
@@ -85,6 +87,7 @@ def read_facts(folder: Path) -> AdapterFacts:
             int(value["rank"]),
             float(value["alpha"]),
             tuple(map(str, value["parts"])),
+            value.get("convolutions") is True,
             bool(value.get("schnell")),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -171,6 +174,7 @@ def adapter_header(facts: AdapterFacts, extra: Mapping[str, object]) -> dict[str
     spoken = modelspec(facts.pipeline, extra)
     family = facts.pipeline.family
     is_v = facts.pipeline.prediction == "v"
+    of_convolutions = {"conv_dim": str(facts.rank), "conv_alpha": f"{facts.alpha:g}"}
     architecture = spoken["modelspec.architecture"].replace("dev", "schnell" if facts.is_schnell else "dev")
     return {
         **spoken,
@@ -178,6 +182,7 @@ def adapter_header(facts: AdapterFacts, extra: Mapping[str, object]) -> dict[str
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(facts.rank),
         "ss_network_alpha": f"{facts.alpha:g}",
+        **({"ss_network_args": json.dumps(of_convolutions)} if facts.convolutions else {}),
         "ss_base_model_version": _BASES[family] + ("_v" if is_v and family != "sdxl" else ""),
         "ss_v2": str(family == "sd2"),
         "ss_sd_model_name": facts.base,

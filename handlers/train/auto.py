@@ -133,6 +133,7 @@ class Plan:
         caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
         validation: pictures that are held out.
         ema: whether the result is a moving average.
+        compile: whether the denoiser's repeated blocks are compiled.
         optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a
             whole step.
         save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
@@ -173,6 +174,7 @@ class Plan:
     caption_shuffle: bool = False
     validation: int = 0
     ema: bool = False
+    compile: bool = False
     optimizer: Optimizer = "adamw"
     at_once: int = 0
     checkpointing: bool = False
@@ -317,6 +319,7 @@ def make_plan(
         caption_shuffle=spec.caption_shuffle,
         validation=held_out,
         ema=spec.ema,
+        compile=spec.compile,
         optimizer="adamw" if spec.optimizer == "auto" else spec.optimizer,
         save_every=spec.save_every,
         save_from=spec.save_from,

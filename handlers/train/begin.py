@@ -69,11 +69,9 @@ def prepare(
     room.check_memory(base, plan)
     room.check_disk(place, base, plan, int(payload.get("disk_reserve") or 0))
     of_class = _class_pictures(context, place, run, plan, base=base, pipeline=pipeline)
-    image_of = {
-        str(picture["source"]): image for picture, image in zip(rendered.pictures, rendered.images, strict=True)
-    }
-    images = [*map(image_of.__getitem__, sources), *of_class.images]
-    images += [image_of[str(picture["source"])] for picture in held_out]
+    image_of = dict(zip((str(picture["source"]) for picture in rendered.pictures), rendered.images, strict=True))
+    shown = [image_of[str(picture["source"])] for picture in (*trained, *held_out)]
+    images = [*shown[: len(trained)], *of_class.images, *shown[len(trained) :]]
     encoded = dataset.encode(
         images,
         pipeline.vae,

@@ -8,7 +8,7 @@ at all. What decides is a fold over the losses of ``metrics.jsonl``: a resumed r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -21,7 +21,10 @@ RECENT = 32
 TIMES = 10.0
 """The recent median is above so many times the usual one, and above nearly all that was usual."""
 WORTHLESS = 5.0
-"""A loss that is never right: predicting nothing costs about 1 for noise and velocity, 2 for flow."""
+"""The recent median is so many times what a model costs that predicts nothing: never right, however early."""
+COLLAPSED = 0.7
+"""Three of four losses are above so much of what a model costs that predicts nothing, for twice as many steps: a model
+that knows something is nearly always far below, since it is right where there is much noise, or little."""
 _NEARLY_ALL = 0.95
 _HINT = 8  # steps that make one suspicious
 
@@ -44,7 +47,7 @@ class Verdict:
 
     Attributes:
         level: the median of the recent losses.
-        usual: the median at the stage's beginning; None where that was too short, or wrong itself.
+        usual: the median at the stage's beginning, where the level is far above; else None.
         good_until: steps of the run done before the losses rose.
     """
 
@@ -57,15 +60,15 @@ class Watch:
     """Watches the losses of one stage.
 
     Args:
-        scale: what the losses of a step add up to for a model that predicts nothing, as a multiple of one picture's:
-            1, and the weight of class pictures where they train along.
+        nothing: what a step costs a model that predicts nothing, the variance of its target: 1 for noise and velocity,
+            2 for flow; times 1 + the weight of class pictures, where they train along.
         past: losses of this stage's earlier steps, (steps of the run done, loss).
     """
 
-    def __init__(self, scale: float = 1.0, past: Iterable[tuple[int, float]] = ()) -> None:
-        self._worthless = WORTHLESS * scale
+    def __init__(self, nothing: float = 1.0, past: Iterable[tuple[int, float]] = ()) -> None:
+        self._nothing = nothing
         self._usual: list[float] = []
-        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._recent: deque[float] = deque(maxlen=2 * RECENT)
         self._suspected: int | None = None
         self._bound: float | None = None  # known once enough is known of what is usual
         for total, loss in past:
@@ -91,19 +94,27 @@ class Watch:
             if len(self._usual) == USUAL:
                 self._bound = max(TIMES * median(self._usual), sorted(self._usual)[int(_NEARLY_ALL * USUAL)])
         self._recent.append(loss)
-        last = list(self._recent)[-_HINT:]
-        if len(last) < _HINT or not self._is_wrong(median(last)):
+        losses = list(self._recent)
+        if not (self._is_collapsed(losses) or self._looks_wrong(losses[-_HINT:])):
             self._suspected = None
             return None
         if self._suspected is None:
-            self._suspected = total - _HINT
-        level = median(self._recent)
-        if len(self._recent) < RECENT or not self._is_wrong(level):
-            return None
-        return Verdict(level, median(self._usual) if self._bound is not None else None, self._suspected)
+            self._suspected = max(0, total - _HINT)
+        level = median(losses[-RECENT:])
+        if len(losses) >= RECENT and self._is_wrong(level):
+            is_more = self._bound is not None and level > self._bound
+            return Verdict(level, median(self._usual) if is_more else None, self._suspected)
+        return Verdict(level, None, self._suspected) if self._is_collapsed(losses) else None
 
     def _is_wrong(self, level: float) -> bool:
-        return level > self._worthless or (self._bound is not None and level > self._bound)
+        return level > WORTHLESS * self._nothing or (self._bound is not None and level > self._bound)
+
+    def _looks_wrong(self, last: Sequence[float]) -> bool:
+        is_high = sorted(last)[len(last) // 4] > COLLAPSED * self._nothing
+        return len(last) == _HINT and (is_high or self._is_wrong(median(last)))
+
+    def _is_collapsed(self, losses: Sequence[float]) -> bool:
+        return len(losses) == 2 * RECENT and sorted(losses)[RECENT // 2] > COLLAPSED * self._nothing
 
 
 def refusal_of(verdict: Verdict, title: str, section: str, rate: float, total: int) -> Diverged:
@@ -119,7 +130,7 @@ def refusal_of(verdict: Verdict, title: str, section: str, rate: float, total: i
     than = (
         f"{verdict.level / verdict.usual:.0f} times what it was at the beginning"
         if verdict.usual
-        else "more than a model costs that predicts nothing"
+        else "as bad as that of a model that predicts nothing"
     )
     what = (
         f"The training diverged ({title}): at step {total} the median loss of {RECENT} steps is {verdict.level:.3g}, "

@@ -144,7 +144,7 @@ def train_stage(
         updates.set_rates({part: rate.at(step, plan.schedule) for part, rate in stage.rates.items()})
         value = _gradients(stage, material, step, updates=updates, fitting=fitting, crew=crew)
         if not math.isfinite(value):
-            raise _diverged(stage, step)
+            raise _diverged(stage, step, plan.precision)
         crew.add_up(parameters)
         updates.apply()
         if average:
@@ -216,10 +216,10 @@ def _autocast(plan: Plan, device: str) -> AbstractContextManager[Any]:
     return context
 
 
-def _diverged(stage: Stage, step: int) -> Diverged:
+def _diverged(stage: Stage, step: int, precision: str) -> Diverged:
     total = stage.first + step
     return Diverged(
         f"The training diverged: the loss of step {total + 1} ({stage.title}) is not a number.",
-        f"{smaller_rate(stage.section, stage.rate.value)} Or write precision: fp32.",
+        smaller_rate(stage.section, stage.rate.value) + ("" if precision == "fp32" else " Or write precision: fp32."),
         total,
     )

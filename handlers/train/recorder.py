@@ -173,8 +173,9 @@ class Recorder:
         """Watches the stage; it knows the losses of its earlier steps, whichever process did them."""
         if self._watch is None or self._watched != stage.number:
             past = [(row["step"], float(row["loss"])) for row in self._run.metrics() if row["stage"] == stage.number]
-            scale = 1.0 + (self._plan.prior_weight if self._plan.prior_images else 0.0)
-            self._watch, self._watched = Watch(scale, past), stage.number
+            target = 2.0 if self._plan.family == "flux" else 1.0
+            of_class = self._plan.prior_weight if self._plan.prior_images else 0.0
+            self._watch, self._watched = Watch(target * (1.0 + of_class), past), stage.number
         return self._watch
 
     def _measured(self, done: Done) -> float | None:

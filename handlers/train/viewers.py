@@ -18,13 +18,13 @@ Row = Mapping[str, Any]
 class Viewer(Protocol):
     """Something that shows a run."""
 
-    def begin(self, rows: Sequence[Row], samples: Mapping[int, Path]) -> None:
+    def begin(self, rows: Sequence[Row], samples: Mapping[int, Path], /) -> None:
         """A process of the run begins: all rows that count, and step → sample grid."""
 
     def note(self, rows: Sequence[Row]) -> None:
         """Steps were done."""
 
-    def show(self, step: int, sample: Path) -> None:
+    def show(self, step: int, sample: Path, /) -> None:
         """A sample grid was drawn."""
 
     def close(self) -> None:

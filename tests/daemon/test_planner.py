@@ -446,3 +446,13 @@ def test_a_model_is_published_once_where_there_is_a_webui(tmp_path: Path) -> Non
     house.restart("queue")
     assert house.open_jobs() == []
     house.close()
+
+
+def test_a_vae_that_is_missing_waits_with_its_command_and_an_unknown_one_is_refused(house: House) -> None:
+    ready(house, SPEC + "vae: sd-vae-ft-mse\n")
+    assert runs(house) == []
+    assert any("Get it with: fastsd models get sd-vae-ft-mse" in line for line in house.plans[A].waits)
+    house.write(f"{A}/train.yaml", SPEC + "vae: mine\n", mtime=WHEN + 2)
+    house.look()
+    assert runs(house) == []
+    assert "No VAE called 'mine' is known" in error_of(house).read_text()

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from daemon.gates import Gates
+from daemon.hooks import TreeHooks
 from daemon.promotion import candidates, choose, promote, promoted
 from daemon.runs import former_run
+from daemon.terminal import NoDisplay
 from handlers.context import Waiting
 from handlers.outcome import Outcome
 from sessions.manifest import INTERMEDIATE, Manifest
@@ -132,6 +135,29 @@ def test_killed_anywhere_around_its_conversion_it_is_made_once(house: House) -> 
     assert converted(house) == [name]
     assert house.files(f"{A}/.fastsd/finished") == set()
     assert len(house.session(A).manifest.of_kind(INTERMEDIATE)) == 1
+
+
+def test_each_that_a_run_tells_of_has_its_session_planned_once(house: House) -> None:
+    heard: list[str] = []
+
+    async def nothing() -> None:
+        pass
+
+    hooks = TreeHooks(
+        preparer=house.preparer,
+        sessions=house.sessions,
+        gates=Gates(),
+        make_room=nothing,
+        ended=lambda _job, _session: None,
+        display=NoDisplay(),
+        kept=heard.append,
+    )
+    job = house.claim("train")
+    assert job is not None
+    for count, expected in ((None, 0), (0, 0), (1, 1), (1, 1), (3, 2)):
+        facts = {} if count is None else {"loss": 0.5, "kept": count}
+        hooks.on_progress(job, {"done": 1.0, "total": 9.0, "note": "", "facts": facts})
+        assert heard == [A] * expected
 
 
 def test_what_is_half_written_or_odd_wants_nothing(house: House) -> None:

@@ -23,7 +23,7 @@ from handlers.train.auto import make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.finish import write_adapters
 from handlers.train.place import Place
-from handlers.train.trainable import ENCODER_LAYERS, UNET_LAYERS, adapted
+from handlers.train.trainable import adapted, layers_of
 from sessions.files import sha256_of
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
@@ -63,7 +63,7 @@ def finish(base: BaseModel, method: str, session: Path) -> Path:
     adapters = {}
     for number, part in enumerate(("unet", *base.training.encoders)):
         module = base.load_denoiser() if part == "unet" else getattr(pipeline, part)
-        layers = UNET_LAYERS if part == "unet" else ENCODER_LAYERS
+        layers = layers_of(part, convolutions=plan.lora_convolutions)
         adapters[part] = adapted(
             module, layers, rank=plan.lora_rank, alpha=plan.lora_alpha, dora=method == "dora", seed=number
         )
@@ -123,6 +123,10 @@ def test_it_holds_and_computes_what_was_trained(
     if family == "sd1":
         down = written["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"]
         assert down.shape == (4, 48, 1, 1), "a convolution's factors are convolutions"
+        down = written["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
+        assert down.shape == (4, 48, 3, 3)
+        up = written["lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight"]
+        assert up.shape == (48, 4, 1, 1)
     values = sorted(float(tensor.double().sum()) for key, tensor in written.items() if not key.endswith("alpha"))
     assert values == sorted(float(tensor.double().sum()) for tensor in load_file(source / ADAPTER_FILE).values())
 
@@ -131,6 +135,7 @@ def test_it_holds_and_computes_what_was_trained(
     metadata = metadata_of(output)
     assert metadata["ss_network_module"] == "networks.lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6")
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "6"}
     assert metadata["modelspec.architecture"].endswith("/lora")
     assert (metadata["modelspec.trigger_phrase"], metadata["fastsd.run"]) == ("zwx dog", "r1")
 

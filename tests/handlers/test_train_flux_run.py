@@ -220,7 +220,7 @@ def run_with(session: Path, models: Path, cache: Path, *, base: str = DEV, **mea
 
 
 def test_blocks_that_come_and_go_learn_the_same(models: Path, cache: Path, tmp_path: Path) -> None:
-    means = {
+    means: dict[str, dict[str, Any]] = {
         "plain": {"checkpointing": True},
         "moved": {"checkpointing": True, "offload": True},
         "coarse": {"checkpointing": True, "quantised": True},

@@ -29,6 +29,7 @@ from sessions.refusal import Refusal
 from sessions.spec import parse_spec
 from tests.handlers.train_session import make_session, payload_of
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
 ALL = frozenset({"adamw", "adamw8bit", "adafactor", "prodigy"})
 loads = st.builds(
     Load,
@@ -159,10 +160,9 @@ def test_out_of_memory_goes_on_from_the_same_step(cache: Path, tmp_path: Path, m
     assert "memory ran out in step 1: goes on with adamw, 2 pictures at once, gradient checkpointing" in log
     rows = [json.loads(line) for line in (small / "runs" / "r1" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
-    part = "unet/diffusion_pytorch_model.safetensors"
-    ours = load_file(small / ".fastsd" / "finished" / "r1" / part)
-    theirs = load_file(whole / ".fastsd" / "finished" / "r1" / part)
-    base = load_file(miniature.folder_of("miniature", cache) / part)
+    ours = load_file(small / ".fastsd" / "finished" / "r1" / UNET)
+    theirs = load_file(whole / ".fastsd" / "finished" / "r1" / UNET)
+    base = load_file(miniature.folder_of("miniature", cache) / UNET)
     update = torch.cat([(theirs[key] - base[key]).flatten() for key in theirs]).float()
     apart = torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs]).float()
     assert apart.norm() < 0.02 * update.norm(), "the same but for the order of sums"
@@ -279,3 +279,20 @@ def test_a_fitting_offloads_at_the_end_of_the_ladder(cache: Path) -> None:
 
 def test_the_optimizers_of_this_machine() -> None:
     assert usable_optimizers() == ALL
+
+
+@pytest.mark.soak
+# torch's compiler uses what torch calls deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_blocks_learn_the_same(cache: Path, tmp_path: Path) -> None:
+    spec = "text_encoder: {steps: 0}\nunet: {steps: 3, learning_rate: 1e-4}\nbatch_size: 2\nsample_every: 0\n"
+    folders = {}
+    for compiled in ("true", "false"):
+        session = make_session(tmp_path / compiled / "Sessions" / "dog")
+        run(session, cache, f"{spec}compile: {compiled}\n")
+        folders[compiled] = session / ".fastsd" / "finished" / "r1"
+    ours, theirs = (load_file(folders[each] / UNET) for each in ("true", "false"))
+    base = load_file(miniature.folder_of("miniature", cache) / UNET)
+    update = torch.cat([(theirs[key] - base[key]).flatten() for key in theirs]).float()
+    apart = torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs]).float()
+    assert 0 < apart.norm() < 0.02 * update.norm(), "compiled, and the same but for rounding"

@@ -22,6 +22,7 @@ unet: {steps: 3, learning_rate: 1e-3}
 sample_every: 0
 checkpoint_every: 1
 instance: zwx
+batch_size: 1
 """
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -89,11 +90,10 @@ def test_it_encodes_it_is_in_the_result_and_a_resumed_run_ends_the_same(
 
     # One file of the original names holds the same VAE: the same latents, the same weights, in one go.
     single = make_session(tmp_path / "two" / "Sessions" / "dog")
-    with pytest.raises(Stopping):
-        train(single, cache, SPEC + "vae: single\n", models, stop_after=1)
-    assert torch.equal(latents(single), mine)
     assert weights_of(train(single, cache, SPEC + "vae: Models/single.safetensors\n", models)) == weights_of(finished)
-    assert json.loads((single / "runs" / "r1" / "run.json").read_text())["vae"]["sha256"] == record["vae"]["sha256"]
+    of_single = json.loads((single / "runs" / "r1" / "run.json").read_text())
+    assert of_single["frozen"] == record["frozen"]
+    assert of_single["vae"]["sha256"] == record["vae"]["sha256"]
 
     own = make_session(tmp_path / "three" / "Sessions" / "dog")
     with pytest.raises(Stopping):
