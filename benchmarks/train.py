@@ -3,6 +3,8 @@
     python benchmarks/train.py                          a UNet of 35 M at 256 px on the CPU, one thread
     python benchmarks/train.py --peer PATH              beside diffusers' train_dreambooth.py at that path
     python benchmarks/train.py --device cuda:0 --shape sd15 --precision bf16
+    python benchmarks/train.py --device cuda:0 --shape sdxl-lora --precision bf16
+    python benchmarks/train.py --device cuda:0 --shape sd15 --precision bf16 --presets    peak memory of each preset
 
 Without ``--peer`` the other side is a plain loop that does the work of diffusers' example in a step: encode the
 picture, encode the prompt, predict, AdamW; it is called "plain loop" in the table. Both sides train the same fresh
@@ -19,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +35,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from handlers.models.miniature import drawing
 from handlers.train import dataset
@@ -41,91 +44,180 @@ from handlers.train.crew import Alone
 from handlers.train.families import FAMILIES
 from handlers.train.fitting import Fitting
 from handlers.train.loop import Rate, Stage, train_stage
+from handlers.train.memory import Load, Means, bytes_named, choose
 from handlers.train.objective import Denoising, Material
-from handlers.train.optimizers import make_updates
-from handlers.train.trainable import Whole
+from handlers.train.optimizers import Groups, make_updates, usable_optimizers
+from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 from sessions.spec import parse_spec
 
 PICTURES = 5
-# Widths of UNet and VAE, width and layers of the text encoder, pixels: SD 1.5, and a 24th of it.
-SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], int]] = {
-    "small": ((64, 128, 256, 256), (32, 64, 96, 96), (256, 5), 256),
-    "sd15": ((320, 640, 1280, 1280), (128, 256, 512, 512), (768, 12), 512),
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a family's models.
+
+    Attributes:
+        family: sd1 or sdxl.
+        unet: diffusers' configuration.
+        vae: widths of its blocks.
+        encoders: width, layers, heads of each text encoder.
+        resolution: pixels of a side.
+        adapter: whether a LoRA of rank 16 is trained, else all of the UNet.
+    """
+
+    family: str
+    unet: Mapping[str, Any]
+    vae: tuple[int, ...]
+    encoders: tuple[tuple[int, int, int], ...]
+    resolution: int
+    adapter: bool = False
+
+
+def _sd(widths: tuple[int, ...], cross: int) -> dict[str, Any]:
+    return {"block_out_channels": widths, "cross_attention_dim": cross, "attention_head_dim": 8}
+
+
+def _sdxl(widths: tuple[int, ...], cross: int, pooled: int, depths: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "block_out_channels": widths,
+        "cross_attention_dim": cross,
+        "attention_head_dim": tuple(width // 64 for width in widths),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": depths,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": pooled + 6 * 256,
+    }
+
+
+# SD 1.5 and SDXL, and a 24th and a 60th of them.
+SHAPES: dict[str, Shape] = {
+    "small": Shape("sd1", _sd((64, 128, 256, 256), 256), (32, 64, 96, 96), ((256, 5, 8),), 256),
+    "sd15": Shape("sd1", _sd((320, 640, 1280, 1280), 768), (128, 256, 512, 512), ((768, 12, 8),), 512),
+    "small-sdxl-lora": Shape(
+        "sdxl",
+        _sdxl((64, 128, 256), 512, 320, (1, 1, 2)),
+        (32, 64, 96, 96),
+        ((192, 4, 4), (320, 5, 4)),
+        256,
+        adapter=True,
+    ),
+    "sdxl-lora": Shape(
+        "sdxl",
+        _sdxl((320, 640, 1280), 2048, 1280, (1, 2, 10)),
+        (128, 256, 512, 512),
+        ((768, 12, 12), (1280, 32, 20)),
+        1024,
+        adapter=True,
+    ),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANK = 16
 
 
 class Parts:
-    """Fresh models of a shape, and pictures for them."""
+    """Fresh models of a shape, and pictures for them: what a family needs of a pipeline."""
 
-    def __init__(self, shape: str, device: str) -> None:
-        widths, vae_widths, (text_width, layers), self.resolution = SHAPES[shape]
+    def __init__(self, name: str, device: str) -> None:
+        self.shape = SHAPES[name]
+        self.resolution = self.shape.resolution
+        self.family = FAMILIES[self.shape.family]
         torch.manual_seed(7)
         self.device = device
-        self.unet = UNet2DConditionModel(
-            sample_size=self.resolution // 8,
-            block_out_channels=widths,
-            cross_attention_dim=text_width,
-            attention_head_dim=8,
-        )
+        self.unet = UNet2DConditionModel(sample_size=self.resolution // 8, **self.shape.unet)
         self.vae = AutoencoderKL(
-            block_out_channels=vae_widths,
+            block_out_channels=self.shape.vae,
             latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2,
             sample_size=self.resolution,
         ).requires_grad_(requires_grad=False)
-        self.tokenizer = drawing.tokenizer()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(self.tokenizer),
-                hidden_size=text_width,
-                intermediate_size=4 * text_width,
-                num_hidden_layers=layers,
-                num_attention_heads=8,
-            )
-        ).requires_grad_(requires_grad=False)
+        self.tokenizer = self.tokenizer_2 = drawing.tokenizer()
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        for kind, attribute, sizes in zip(kinds, self.family.encoders, self.shape.encoders, strict=False):
+            setattr(self, attribute, self._encoder(kind, *sizes))
         self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.images = torch.rand(PICTURES, 3, self.resolution, self.resolution) * 2 - 1
         self.prompts = ["a photo of zwx cat"] * PICTURES
+        side = float(self.resolution)
+        self.sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]] * PICTURES)
+
+    def _encoder(self, kind: Any, width: int, layers: int, heads: int) -> Any:
+        configuration = CLIPTextConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            projection_dim=width,
+        )
+        return kind(configuration).requires_grad_(requires_grad=False)
 
     def fresh_unet(self) -> Any:
         """A copy of the same UNet, on the device."""
         return copy.deepcopy(self.unet).to(self.device)
 
+    def to_device(self) -> None:
+        """VAE and text encoders go where it is computed."""
+        for name in ("vae", *self.family.encoders):
+            getattr(self, name).to(self.device)
 
-def ours(parts: Parts, precision: Precision, steps: int) -> float:
-    """Seconds a step of fastsd's second stage: latents and embeddings are cached before the clock runs."""
-    spec = parse_spec("text_encoder: {steps: 0}\nsample_every: 0\ninstance: zwx\nclass: cat\nbatch_size: 1\n")
+    def condition(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """What the UNet is told of pictures, computed anew."""
+        tokens = {
+            name: ids.to(self.device)
+            for name, ids in self.family.tokens(self, [self.prompts[index] for index in chosen]).items()
+        }
+        return self.family.condition(self.family.embed(self, tokens), self.sizes[list(chosen)])
+
+
+def ours(parts: Parts, precision: Precision, steps: int, memory: str) -> float:
+    """Seconds a step of fastsd's second stage: latents and embeddings are cached before the clock runs.
+
+    Args:
+        parts: the models.
+        precision: to compute in.
+        steps: how many.
+        memory: a preset of train.yaml, or auto: gradient checkpointing on a GPU.
+    """
+    method = "lora" if parts.shape.adapter else "dreambooth"
+    spec = parse_spec(
+        f"method: {method}\ntext_encoder: {{steps: 0}}\nsample_every: 0\ninstance: zwx\nclass: cat\nbatch_size: 1\n"
+    )
     pictures = [{"source": f"{number}.jpg"} for number in range(PICTURES)]
-    plan: Plan = make_plan(spec, Base("sd15", "sd1", 512, miniature=False), pictures, "x", precision)
-    vae, encoder, family = parts.vae.to(parts.device), parts.text_encoder.to(parts.device), FAMILIES["sd1"]
+    name = "sdxl" if parts.shape.family == "sdxl" else "sd15"
+    plan: Plan = make_plan(spec, Base(name, parts.shape.family, 512, miniature=False), pictures, "x", precision)
+    parts.to_device()
     with torch.no_grad():
-        distribution = vae.encode(parts.images.to(parts.device)).latent_dist
-        ids = family.tokens(_Tokenizer(parts), parts.prompts)["text_encoder"]
-        hidden = encoder(ids.to(parts.device))[0]
-    frozen = dataset.Frozen(distribution.mean.cpu().unbind(), distribution.std.cpu().unbind())
+        means, deviations = [], []
+        for image in parts.images:
+            distribution = parts.vae.encode(image[None].to(parts.device)).latent_dist
+            means.append(distribution.mean[0].cpu())
+            deviations.append(distribution.std[0].cpu())
+        told = [parts.condition([index]) for index in range(PICTURES)]
+    for module in (parts.vae, *(getattr(parts, name) for name in parts.family.encoders)):
+        module.to("cpu")
     unet = parts.fresh_unet().train()
-    material = Material(plan, frozen, PICTURES, Denoising(parts.scheduler, vae.config.scaling_factor), parts.device)
+    trained: Trainable = _adapter(unet, precision) if parts.shape.adapter else Whole(unet)
+    objective = Denoising(parts.scheduler, parts.vae.config.scaling_factor)
+    material = Material(plan, dataset.Frozen(means, deviations), PICTURES, objective, parts.device)
     stage = Stage(
-        2,
-        "UNet",
-        0,
-        steps,
-        {"unet": Rate(2e-6, steps)},
-        unet,
-        {"unet": Whole(unet)},
-        lambda _step, chosen: {"encoder_hidden_states": hidden[chosen]},
+        2, "UNet", 0, steps, {"unet": Rate(2e-6, steps)}, unet, {"unet": trained}, lambda _step, chosen: told[chosen[0]]
     )
     clock = _Clock(parts.device)
-    updates = make_updates(plan, stage.groups(), parts.device)
-    means = replace(plan.means, checkpointing=parts.device != "cpu")
-    fitting = Fitting(means, unet, (), parts.device, may_offload=False, told=print)
+    groups = stage.groups()
+    means_of_memory = _means(parts, plan, groups, memory)
+    plan = plan.with_means(means_of_memory)
+    fitting = Fitting(means_of_memory, unet, (), parts.device, may_offload=parts.shape.adapter, told=print)
     train_stage(
         stage,
-        material,
+        replace(material, plan=plan),
         0,
-        updates=updates,
+        updates=make_updates(plan, groups, parts.device),
         fitting=fitting,
         average=None,
         crew=Alone(),
@@ -134,36 +226,63 @@ def ours(parts: Parts, precision: Precision, steps: int) -> float:
     return clock.middle()
 
 
-class _Tokenizer:
-    """What a family needs of a pipeline to find token ids."""
+def _adapter(unet: Any, precision: Precision) -> Adapter:
+    unet.to(dtype=DTYPES[precision])
+    return adapted(unet, layers_of("unet", convolutions=False), rank=RANK, alpha=RANK, dora=False, seed=1)
 
-    def __init__(self, parts: Parts) -> None:
-        self.tokenizer = parts.tokenizer
+
+def _means(parts: Parts, plan: Plan, groups: Groups, memory: str) -> Means:
+    if memory == "auto":
+        return replace(plan.means, checkpointing=parts.device != "cpu")
+    trained = sum(parameter.numel() for group in groups.values() for parameter in group.values())
+    denoiser = sum(parameter.numel() for parameter in parts.unet.parameters())
+    load = Load(
+        family=parts.shape.family,
+        trained=trained,
+        frozen=denoiser if parts.shape.adapter else 0,
+        denoiser=denoiser,
+        resolution=parts.resolution,
+        pictures=1,
+        half=plan.precision != "fp32",
+        adapter=parts.shape.adapter,
+    )
+    means = choose(load, None, usable_optimizers(), bytes_named(memory))
+    if means is None:
+        sys.exit(f"nothing fits into memory: {memory}")
+    print(f"memory: {memory}: {means.told()}", flush=True)
+    return means
 
 
 def plain(parts: Parts, precision: Precision, steps: int) -> float:
-    """Seconds a step of a loop that encodes picture and prompt each time, as diffusers' example does."""
-    vae, encoder = parts.vae.to(parts.device), parts.text_encoder.to(parts.device)
+    """Seconds a step of a loop that encodes the picture each time, as diffusers' examples do.
+
+    For all of a UNet the prompt is encoded each time, too; the example of SDXL's LoRA does that once.
+    """
+    parts.to_device()
     unet = parts.fresh_unet().train()
+    if parts.shape.adapter:
+        parameters = list(_adapter(unet, precision).parameters().values())
+    else:
+        parameters = list(unet.parameters())
     if parts.device != "cpu":
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-6)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ids = FAMILIES["sd1"].tokens(_Tokenizer(parts), parts.prompts)["text_encoder"].to(parts.device)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-6)
+    with torch.no_grad():
+        once = [parts.condition([index]) for index in range(PICTURES)] if parts.shape.adapter else []
     clock = _Clock(parts.device)
     for step in range(steps):
         index = step % PICTURES
-        with torch.autocast(parts.device.partition(":")[0], dtype=dtype, enabled=precision != "fp32"):
+        with torch.no_grad():
             pixels = parts.images[index : index + 1].to(parts.device)
-            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            latents = parts.vae.encode(pixels).latent_dist.sample() * parts.vae.config.scaling_factor
+        with torch.autocast(parts.device.partition(":")[0], dtype=DTYPES[precision], enabled=precision != "fp32"):
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, parts.scheduler.config.num_train_timesteps, (1,), device=parts.device)
             noisy = parts.scheduler.add_noise(latents, noise, timesteps)
-            hidden = encoder(ids[index : index + 1])[0]
-            predicted = unet(noisy, timesteps, hidden).sample
-            loss = functional.mse_loss(predicted.float(), noise.float())
+            told = once[index] if once else parts.condition([index])
+            loss = functional.mse_loss(unet(noisy, timesteps, **told).sample.float(), noise.float())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
@@ -228,19 +347,23 @@ def peer(path: Path, parts: Parts, steps: int) -> float:
 
 
 def flops_of_a_step(parts: Parts) -> float:
-    """Of the UNet, forward and backward, for one picture."""
-    unet = parts.fresh_unet()
+    """Of the UNet, forward and backward, for one picture; an adapter needs no gradients of the weights below it."""
+    unet = parts.fresh_unet().train()
+    if parts.shape.adapter:
+        _adapter(unet, "fp32").parameters()
+    parts.to_device()
     side = parts.resolution // 8
     latents = torch.randn(1, 4, side, side, device=parts.device)
-    hidden = torch.randn(1, 77, unet.config.cross_attention_dim, device=parts.device)
+    with torch.no_grad():
+        told = parts.condition([0])
     with FlopCounterMode(display=False) as counter:
-        unet(latents, torch.tensor([500], device=parts.device), hidden).sample.mean().backward()
+        unet(latents, torch.tensor([500], device=parts.device), **told).sample.mean().backward()
     return float(counter.get_total_flops())
 
 
 def flops_a_second(device: str, precision: Precision) -> float:
     """Of a matrix product: what the hardware gives."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     side = 1024 if device == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     clock = _Clock(device)
@@ -258,15 +381,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="of both in turn; the medians are shown")
     parser.add_argument("--peer", type=Path, help="diffusers' examples/dreambooth/train_dreambooth.py")
+    parser.add_argument("--presets", action="store_true", help="instead: fastsd alone with each memory preset")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
     parts = Parts(options.shape, options.device)
     sides: dict[str, Callable[[], float]] = {
-        "fastsd": lambda: ours(parts, options.precision, options.steps),
+        "fastsd": lambda: ours(parts, options.precision, options.steps, "auto"),
         "plain loop": lambda: plain(parts, options.precision, options.steps),
     }
-    if options.peer:
+    if options.presets:
+        sides = {
+            size: partial(ours, parts, options.precision, options.steps, size)
+            for size in ("8GB", "12GB", "16GB", "24GB", "48GB")
+        }
+    elif options.peer:
         sides["train_dreambooth.py"] = lambda: peer(options.peer, parts, options.steps)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, float] = {}
@@ -276,14 +405,15 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             taken[name].append(measure())
             if options.device != "cpu":
-                peaks[name] = torch.cuda.max_memory_allocated() / 1e9
+                peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 1e9)
             print(f"round {turn + 1}: {name}: {taken[name][-1]:.3f} s a step", flush=True)
     count = sum(parameter.numel() for parameter in parts.unet.parameters())
-    reached = flops_of_a_step(parts) / median(taken["fastsd"]) / flops_a_second(options.device, options.precision)
+    fastest = min(median(durations) for durations in taken.values()) if options.presets else median(taken["fastsd"])
+    reached = flops_of_a_step(parts) / fastest / flops_a_second(options.device, options.precision)
     print(f"\nUNet of {count / 1e6:.0f} M at {parts.resolution} px, {options.precision}, {options.device}")
     print(f"{'':<22}{'s/step':>8}{'times':>8}{'peak GB':>9}")
     for name, durations in taken.items():
-        ratio = median(durations) / median(taken["fastsd"])
+        ratio = median(durations) / fastest
         print(f"{name:<22}{median(durations):>8.3f}{ratio:>8.2f}{peaks.get(name, float('nan')):>9.2f}")
     print(f"fastsd reaches {reached:.0%} of what a matrix product reaches here")
 
