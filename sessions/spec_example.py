@@ -16,8 +16,9 @@ EXAMPLE = """\
 #name: null             # what the model's file is called; null: like this folder
 
 ## What to train
-#base: auto             # miniature | sd15 | sd21 | sd21-768 | sdxl | the name of a file or folder under Models/
-#method: auto           # dreambooth (two stages) | finetune (both together) | lora | dora; auto: lora for SDXL
+#base: auto             # miniature | sd15 | sd21 | sd21-768 | sdxl | flux-dev | flux-schnell
+#                       # | the name of a file or folder under Models/
+#method: auto           # dreambooth (two stages) | finetune (both together) | lora | dora; auto: lora for SDXL and Flux
 #resolution: auto       # pixels, like 512
 #crop: smart            # smart | centre | off: what the pictures are cut around; for single pictures see below
 #buckets: false         # true: wide and tall pictures train as such (up to 2:1) instead of as squares

@@ -52,6 +52,7 @@ class AdapterFacts:
         rank, alpha: of all its pairs.
         convolutions: whether a UNet's convolutions have pairs.
         parts: the components that it changes.
+        is_schnell: whether the base is a FLUX.1 [schnell].
     """
 
     method: str
@@ -61,6 +62,7 @@ class AdapterFacts:
     alpha: float
     parts: tuple[str, ...]
     convolutions: bool = False
+    is_schnell: bool = False
 
 
 def is_adapter(folder: Path) -> bool:
@@ -86,6 +88,7 @@ def read_facts(folder: Path) -> AdapterFacts:
             float(value["alpha"]),
             tuple(map(str, value["parts"])),
             value.get("convolutions") is True,
+            bool(value.get("schnell")),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refusal("source", f"The {ADAPTER_FACTS} of {folder.name} is damaged.", _AGAIN) from None
@@ -172,9 +175,10 @@ def adapter_header(facts: AdapterFacts, extra: Mapping[str, object]) -> dict[str
     family = facts.pipeline.family
     is_v = facts.pipeline.prediction == "v"
     of_convolutions = {"conv_dim": str(facts.rank), "conv_alpha": f"{facts.alpha:g}"}
+    architecture = spoken["modelspec.architecture"].replace("dev", "schnell" if facts.is_schnell else "dev")
     return {
         **spoken,
-        "modelspec.architecture": f"{spoken['modelspec.architecture']}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(facts.rank),
         "ss_network_alpha": f"{facts.alpha:g}",

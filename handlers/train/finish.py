@@ -140,6 +140,7 @@ def write_adapters(
         "prediction": _prediction(pipeline.scheduler.config),
         "resolution": plan.resolution,
         "parts": sorted(adapters),
+        **({"schnell": True} if plan.family == "flux" and not _is_guided(adapters) else {}),
     }
 
     def write(temporary: Path) -> None:
@@ -175,6 +176,11 @@ def metadata_of(record: Mapping[str, Any], plan: Plan, steps: int) -> dict[str, 
 def trained_on(record: Mapping[str, Any]) -> int:
     """How many pictures of the subject a run learns from."""
     return sum(not (entry.get("prior") or entry.get("held_out")) for entry in record["inputs"])
+
+
+def _is_guided(adapters: Mapping[str, Adapter]) -> bool:
+    """Whether a Flux is told a guidance, as [dev] is and [schnell] is not."""
+    return any(adapter.module.config.guidance_embeds for adapter in adapters.values())
 
 
 def _prediction(config: Mapping[str, Any]) -> str:

@@ -11,13 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from handlers.convert.cast import decode
+from handlers.convert.lora import read_lora
+from handlers.convert.pieces import exactly
+from handlers.convert.plan import Located
 from handlers.models import catalogue
 from handlers.models.registry import Model
 from handlers.train.auto import Plan
-from handlers.train.base import BaseModel, unpacked
+from handlers.train.base import BaseModel, find_base, unpacked
 from sessions.layout import RUNS
 from sessions.refusal import Refusal
-from sessions.spec import TrainSpec
+from sessions.spec import LoraSpec, TrainSpec
 
 
 def plan_of_run(session: Path, continued: Mapping[str, Any]) -> Plan:
@@ -37,28 +43,23 @@ def plan_of_run(session: Path, continued: Mapping[str, Any]) -> Plan:
         ) from None
 
 
-def base_of_run(session: Path, continued: Mapping[str, Any], cache: Path) -> BaseModel:
-    """The finished model of a run as a base.
+def base_of_run(session: Path, continued: Mapping[str, Any], models: Path | None, cache: Path) -> BaseModel:
+    """What more steps of a run begin with: its finished model; for an adapter, the base below it.
 
     Args:
         session: the session's folder.
         continued: ``run`` and ``model``, a file in the session.
+        models: the tree's Models folder, or None.
         cache: the worker's cache folder.
 
     Raises:
-        Refusal: the run made an adapter, or its file is gone or broken.
-        Waiting: there is no room to unpack it.
+        Refusal: its file is gone or broken.
+        Waiting: there is no room to unpack it, or an adapter's base is not on this machine.
     """
     plan = plan_of_run(session, continued)
+    file = _model_of(session, continued)
     if plan.is_adapter:
-        raise Refusal(
-            "spec",
-            f"The run {continued['run']} made a {plan.method}; training on from one comes with a later version.",
-            "Train a new one with more unet.steps.",
-        )
-    file = session / str(continued["model"])
-    if not file.is_file():
-        raise Refusal("spec", f"The model {file.name} is gone.", "Put it back, or leave continue out.")
+        return find_base(plan.base, models, cache)
     origin = catalogue.BUILT_IN if plan.miniature else f"{RUNS}/{continued['run']}"
     model = Model(
         file.stem, plan.family, "checkpoint", file, plan.resolution, file.stat().st_size, origin, present=True
@@ -66,8 +67,48 @@ def base_of_run(session: Path, continued: Mapping[str, Any], cache: Path) -> Bas
     return BaseModel(model, unpacked(model, None, cache))
 
 
+def _model_of(session: Path, continued: Mapping[str, Any]) -> Path:
+    file = session / str(continued["model"])
+    if not file.is_file():
+        raise Refusal("spec", f"The model {file.name} is gone.", "Put it back, or leave continue out.")
+    return file
+
+
+def adapter_of_run(session: Path, continued: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The adapter that a run made, by component and peft's names, in float32; nothing where it made a whole model.
+
+    Args:
+        session: the session's folder.
+        continued: ``run`` and ``model``, a file in the session.
+
+    Raises:
+        Refusal: its file is gone or broken.
+    """
+    if not plan_of_run(session, continued).is_adapter:
+        return {}
+    lora = read_lora(_model_of(session, continued), variants=("dora",))
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for pair in lora.pairs:
+        halves = {".lora_A.weight": pair.down, ".lora_B.weight": pair.up, ".lora_magnitude_vector": pair.scale}
+        for ending, located in halves.items():
+            if located is not None:
+                found.setdefault(pair.module.part, {})[pair.module.path + ending] = _tensor(located)
+    return found
+
+
+def _tensor(located: Located) -> torch.Tensor:
+    with located.file.open("rb") as opened:
+        raw = exactly(opened.fileno(), located.tensor.begin, located.tensor.length)
+    values = decode(raw, located.tensor.dtype).astype("<f4")
+    return torch.from_numpy(values.reshape(located.tensor.shape).copy())
+
+
 def as_before(spec: TrainSpec, former: Plan) -> TrainSpec:
-    """What train.yaml leaves open stays as the former run had it; its text encoder is left as it is."""
+    """What train.yaml leaves open stays as the former run had it; its text encoder is left as it is.
+
+    Raises:
+        Refusal: code ``spec``: the former run made an adapter, and this one asks for something else.
+    """
     values = spec.to_json()
     before = {
         "instance": former.instance,
@@ -76,7 +117,24 @@ def as_before(spec: TrainSpec, former: Plan) -> TrainSpec:
         "resolution": former.resolution,
         "method": former.method,
     }
+    if former.is_adapter:
+        values["lora"] = _same_adapter(spec, former)
     values |= {key: value for key, value in before.items() if values[key] == "auto" and value}
     if values["text_encoder"]["steps"] == "auto":
         values["text_encoder"] = {**values["text_encoder"], "steps": 0}
     return TrainSpec.from_json(values)
+
+
+def _same_adapter(spec: TrainSpec, former: Plan) -> dict[str, Any]:
+    size = {"rank": former.lora_rank, "alpha": former.lora_alpha, "convolutions": former.lora_convolutions}
+    fresh = LoraSpec().model_dump()
+    other = [key for key, value in spec.lora.model_dump().items() if value not in (fresh[key], size[key])]
+    if other or spec.method not in ("auto", former.method):
+        asked = f"lora.{other[0]}" if other else f"method: {spec.method}"
+        raise Refusal(
+            "spec",
+            f"continue goes on from a {former.method} of rank {former.lora_rank} and alpha {former.lora_alpha:g}, "
+            f"and {asked} asks for another.",
+            f"Leave {asked.partition(':')[0]} out, or leave continue out.",
+        )
+    return size

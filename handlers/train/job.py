@@ -20,7 +20,7 @@ from handlers.train.base import BaseModel, find_base
 from handlers.train.crew import Crew, crew_of
 from handlers.train.divergence import Diverged
 from handlers.train.finish import finished_folder, metadata_of, trained_on, write_adapters, write_finished
-from handlers.train.further import base_of_run
+from handlers.train.further import adapter_of_run, base_of_run
 from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
@@ -65,7 +65,7 @@ class TrainHandler:
         name = str(record["base"]["name"] if record else payload["base"])
         continued = record.get("continued") if record else payload.get("continued")
         if continued:
-            base = base_of_run(place.now(), continued, context.cache)
+            base = base_of_run(place.now(), continued, Path(models) if models else None, context.cache)
         else:
             base = find_base(name, Path(models) if models else None, context.cache, room.gpu_bytes(context.device))
         try:
@@ -128,6 +128,7 @@ def _train(
     where = " and ".join(devices)
     run.log(f"resumed from step {done}" if found else f"started: {plan.total_steps} steps on {where}")
     material = _material(base, pipeline, record, frozen, device)
+    start = _start(place, record, found)
     inputs = record["inputs"]
     held_out = range(len(inputs) - plan.validation, len(inputs))
     validation = Validation(material, held_out) if plan.validation else None
@@ -135,7 +136,7 @@ def _train(
         crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew,
         closing(invited(context, place, run, plan, done)) as viewers,
     ):
-        trainer = _trainer(base, pipeline, record, material, crew=crew, told=run.log)
+        trainer = _trainer(base, pipeline, record, material, start=start, crew=crew, told=run.log)
         recorder = Recorder(
             context,
             place,
@@ -184,12 +185,21 @@ def _material(
     )
 
 
+def _start(
+    place: Place, record: Mapping[str, Any], found: checkpoint.Checkpoint | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The adapter that more steps begin with; a checkpoint knows better."""
+    continued = record.get("continued")
+    return adapter_of_run(place.now(), continued) if continued and not found else {}
+
+
 def _trainer(
     base: BaseModel,
     pipeline: Any,
     record: Mapping[str, Any],
     material: Material,
     *,
+    start: Mapping[str, Mapping[str, torch.Tensor]],
     crew: Crew,
     told: Callable[[str], None],
 ) -> Trainer:
@@ -205,7 +215,7 @@ def _trainer(
         seed=plan.seed,
     )
     sizes = dataset.sizes_told(inputs, plan)
-    return Trainer(base, pipeline, replace(material, frozen=frozen), words, sizes, crew=crew, told=told)
+    return Trainer(base, pipeline, replace(material, frozen=frozen), words, sizes, start=start, crew=crew, told=told)
 
 
 def _task(context: JobContext, place: Place, base: BaseModel) -> dict[str, Any]:
@@ -227,7 +237,8 @@ def follow(crew: Crew, device: str, task: Mapping[str, Any]) -> None:
         frozen = begin.thaw(context, place, run, record, pipeline)
         found = checkpoint.newest(place.now(), run.run, lambda *_: None)
         material = _material(base, pipeline, record, frozen, device)
-        trainer = _trainer(base, pipeline, record, material, crew=crew, told=lambda _line: None)
+        start = _start(place, record, found)
+        trainer = _trainer(base, pipeline, record, material, start=start, crew=crew, told=lambda _line: None)
         trainer.train(found, Silence())
 
 

@@ -8,7 +8,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ class Trainer:
         material: plan, pictures and noise schedule.
         words: what the pictures are told.
         sizes: of each picture, (pictures, 6), as ``interface.Family.condition`` takes them.
+        start: component → tensors of the adapter that a run without a checkpoint goes on from; empty: a fresh one.
         crew: those who share the steps.
         told: told in a line of what people may want to know.
     """
@@ -56,11 +57,13 @@ class Trainer:
         words: Wording,
         sizes: torch.Tensor,
         *,
+        start: Mapping[str, Tensors],
         crew: Crew,
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
         self._average: Average | None = None
+        self._start = start
         self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
@@ -142,9 +145,10 @@ class Trainer:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         # Text encoders that stay as they are speak before the denoiser takes their place.
-        embedded = None if plan.text_encoder_steps else self._embed_all()
+        encoders = self._encoders if self._changes_encoders(found) else {}
+        embedded = None if encoders else self._embed_all()
         self.denoiser = fresh_denoiser(self._base, plan, self._device)
-        modules = {self._family.denoiser: self.denoiser, **(self._encoders if plan.text_encoder_steps else {})}
+        modules = {self._family.denoiser: self.denoiser, **encoders}
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
         encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
         unet_rate = Rate(plan.unet_rate, plan.unet_steps)
@@ -163,13 +167,18 @@ class Trainer:
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
 
+    def _changes_encoders(self, found: Checkpoint | None) -> bool:
+        """Whether text encoders are trained, or keep the adapter that they had."""
+        known = [found.has(name) if found else name in self._start for name in self._encoders]
+        return bool(self._plan.text_encoder_steps) or any(known)
+
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
         if not plan.is_adapter:
             return Whole(module)
         if name in self._encoders:
             module.to(dtype=DTYPES[plan.precision])
-        return adapted(
+        adapter = adapted(
             module,
             adapted_layers(plan, [name])[name],
             rank=plan.lora_rank,
@@ -177,6 +186,9 @@ class Trainer:
             dora=plan.method == "dora",
             seed=randomness.number(plan.seed, 2, 0, f"adapter of {name}"),
         )
+        if name in self._start:
+            adapter.begin(self._start[name])
+        return adapter
 
     def _condition(self, embedded: Embedded, step: int, chosen: list[int]) -> dict[str, Any]:
         """What the denoiser is told in stage 2, by text encoders that have spoken."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
 from handlers.train.auto import Plan
+from sessions.refusal import Refusal
 
 # Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so
 # that the file is one that every WebUI reads.
@@ -106,6 +107,25 @@ class Adapter:
         values: dict[str, Any] = self.module.peft_config["default"].to_dict()
         values["base_model_name_or_path"] = None  # a path of this machine is nobody's business
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def begin(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Begin where another adapter of these layers ended.
+
+        Args:
+            tensors: its tensors; a DoRA's lengths may have more dimensions.
+
+        Raises:
+            Refusal: code ``spec``: they are of other layers, or of another rank.
+        """
+        mine = self.tensors()
+        fits = mine.keys() == tensors.keys() and all(mine[key].numel() == tensors[key].numel() for key in mine)
+        if not fits:
+            raise Refusal(
+                "spec",
+                "The adapter that this run shall go on from has other layers than this base.",
+                "Leave continue out.",
+            )
+        self.load({key: tensors[key].view_as(value) for key, value in mine.items()})
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy such tensors into the adapter.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from handlers.convert import configure
 from handlers.train.auto import make_plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.dataset import Frozen
 from handlers.train.objective import Material, batches_of_step, losses
 from handlers.train.speaking import speak
+from handlers.train.trainable import TRANSFORMER_LAYERS, adapted
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
 from tests.handlers.flux_models import DEV, SCHNELL, build
@@ -181,3 +184,13 @@ def test_what_auto_means_for_flux(models: Path, cache: Path) -> None:
     plan = make_plan(parse_spec("concept: style"), facts, [{"source": "zwx.png"}] * 10, "s", "bf16")
     assert (plan.family, plan.method, plan.resolution, plan.unet_steps) == ("flux", "lora", 512, 1500)
     assert (plan.unet_rate, plan.text_encoder_steps, plan.offset_noise, plan.min_snr) == (1e-4, 0, 0.0, None)
+
+
+def test_the_adapter_of_the_real_flux() -> None:
+    """By its structure alone: no numbers are needed to count them."""
+    config = json.loads((Path(configure.__file__).parent / "configs" / "flux.json").read_bytes())
+    with torch.device("meta"):
+        whole = FluxTransformer2DModel.from_config(config["documents"]["transformer/config.json"])
+        adapter = adapted(whole, TRANSFORMER_LAYERS, rank=16, alpha=16, dora=False, seed=1)
+    assert sum(each.numel() for each in adapter.tensors().values()) == 65_372_160
+    assert len(adapter.tensors()) == 2 * (19 * 12 + 38 * 5)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from handlers.context import JobContext, JobResult, Stopping
 from handlers.convert import adapter_forward
 from handlers.convert.adapter import ADAPTER_FILE, read_facts
+from handlers.convert.header import read_header
 from handlers.convert.job import ConvertHandler
 from handlers.convert.job import convert as write_single
 from handlers.convert.verify import Unproven
@@ -110,6 +111,8 @@ def test_from_the_session_to_the_file_that_webuis_read(
     halves = {key.removeprefix(f"{stem}.") for key in tensors if key.startswith(f"{stem}.")}
     assert halves == {"lora_A.weight", "lora_B.weight", "alpha"} | ({"dora_scale"} if method == "dora" else set())
     assert tensors[f"{stem}.alpha"] == 6
+    kind = "dev" if base == DEV else "schnell"
+    assert read_header(file).metadata["modelspec.architecture"] == f"Flux.1-{kind}/lora"
     assert not any(key.startswith("transformer.proj_out") for key in tensors), "the last layer is left alone"
     # One pair for each linear layer of two double and three single blocks.
     assert sum(key.endswith(".lora_A.weight") for key in tensors) == 2 * 12 + 3 * 5

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from handlers.context import Cancelled, JobContext, JobResult, Waiting
 from handlers.convert.adapter import ADAPTER_FILE
-from handlers.convert.job import convert
+from handlers.convert.job import ConvertHandler, convert
 from handlers.models import miniature
 from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
@@ -326,3 +326,32 @@ def test_a_single_file_as_base(name: str, resolution: int, cache: Path, tmp_path
     convert(finished, tmp_path / "dog.safetensors", verify="forward")
     [unpacked] = (cache / "bases").glob("mine-*")
     shutil.rmtree(unpacked)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_more_steps_from_a_finished_adapter(method: str, cache: Path, tmp_path: Path) -> None:
+    """It begins with the finished factors, those of the text encoder as well, which are not trained on."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    spec = f"method: {method}\nlora: {{rank: 3, alpha: 6}}\ninstance: qqq\nclass: shape\nsample_every: 0\n"
+    spec += "text_encoder: {steps: 2, learning_rate: 1e-3}\nunet: {steps: 2, learning_rate: 1e-3}\n"
+    first, _ = train(payload_of(session, spec), cache)
+    finished = Path(first.facts["finished"])
+    former = load_file(finished / ADAPTER_FILE)
+    file = session / "dog-r1.safetensors"
+    payload: dict[str, Any] = {"source": str(finished), "output": str(file), "dtype": None, "metadata": {}, "run": "r1"}
+    ConvertHandler().run(JobContext(1, "convert", payload, "cpu", cache, lambda *_: None, lambda: False, lambda: False))
+    shutil.rmtree(finished)
+    continued = {"run": "r1", "model": file.name}
+    still = "continue: last\nsample_every: 0\nunet: {steps: 1, learning_rate: 1e-30}\n"
+    second, _ = train(payload_of(session, still, run="r2", continued=continued), cache)
+    same_as = load_file(Path(second.facts["finished"]) / ADAPTER_FILE)
+    assert former.keys() == same_as.keys()
+    assert any(key.startswith("text_encoder.") for key in former)
+    assert all(torch.allclose(former[key], same_as[key], rtol=0, atol=1e-20) for key in former)
+    more, _ = train(payload_of(session, still.replace("1e-30", "1e-3"), run="r3", continued=continued), cache)
+    changed = load_file(Path(more.facts["finished"]) / ADAPTER_FILE)
+    assert any(not torch.equal(former[key], changed[key]) for key in former if key.startswith("unet."))
+    assert all(torch.equal(former[key], changed[key]) for key in former if key.startswith("text_encoder."))
+    for other in ("lora: {rank: 5}\n", "method: dreambooth\n"):
+        with pytest.raises(Refusal, match=r"of rank 3 and alpha 6, and .* asks for another"):
+            train(payload_of(session, still + other, run="r4", continued=continued), cache)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 from multiprocessing.context import ForkServerContext
@@ -249,3 +250,23 @@ def test_every_optimizer_and_the_average_end_the_same_when_killed(
     assert run_child(server, payload, cache, 11)[-1] == 11
     assert run_child(server, payload, cache, None) == [11, 12, 13, 14]
     assert finished(killed) == finished(whole)
+
+
+def test_killed_at_five_random_steps(
+    server: ForkServerContext, cache: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    """Five kills anywhere, some of them in each stage, and the newest checkpoint torn once: the same bytes."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    chance = random.Random(seed)
+    steps = sorted([*chance.sample(range(1, 7), 2), *chance.sample(range(7, TOTAL), 3)])
+    torn = chance.choice(steps[1:])
+    session = make_session(tmp_path / "Sessions" / "dog")
+    payload = payload_of(session, SPEC)
+    for step in steps:
+        assert run_child(server, payload, cache, step)[-1] == step, f"seed {seed}"
+        saved = session / "checkpoints"
+        if step == torn and saved.is_dir() and (left := checkpoints(session)):
+            newest = max(left, key=lambda name: int(name.partition("-")[2]))
+            tear(chance.choice(sorted((saved / newest).glob("*.safetensors"))))
+    assert run_child(server, payload, cache, None)[-1] == TOTAL
+    assert finished(session) == undisturbed, f"seed {seed}: killed at {steps}, torn after {torn}"
