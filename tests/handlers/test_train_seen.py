@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,10 @@ def test_wandb_offline_keeps_every_step_and_nothing_in_the_tree(
     run.note([row_of(4, validation_loss=0.5)])
     run.close()
     (file,) = folder.rglob("*.wandb")
-    found = wandb_steps(file)
+    # Its own process writes the file, and may be a moment behind.
+    deadline = time.monotonic() + 60
+    while len(found := wandb_steps(file)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert [step for step, _ in found] == [1, 2, 3, 4]
     assert found[3][1]["loss/held out"] == 0.5
     assert sorted(session.rglob("*")) == before
