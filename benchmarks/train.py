@@ -121,6 +121,9 @@ RANK = 16
 class Parts:
     """Fresh models of a shape, and pictures for them: what a family needs of a pipeline."""
 
+    text_encoder: Any
+    text_encoder_2: Any
+
     def __init__(self, name: str, device: str) -> None:
         self.shape = SHAPES[name]
         self.resolution = self.shape.resolution
