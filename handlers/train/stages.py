@@ -152,9 +152,10 @@ class Trainer:
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
         encoder_rate = Rate(plan.text_encoder_rate, min(plan.text_encoder_steps, plan.unet_steps))
         unet_rate = Rate(plan.unet_rate, plan.unet_steps)
+        drawing = "UNet" if self._family.denoiser == "unet" else self._family.denoiser
         stage = Stage(
             2,
-            _TITLES[plan.method] + (": UNet and text encoder" if plan.text_encoder_steps else ": UNet"),
+            f"{_TITLES[plan.method]}: {drawing}{' and text encoder' if plan.text_encoder_steps else ''}",
             0,
             plan.unet_steps,
             {name: unet_rate if name == self._family.denoiser else encoder_rate for name in modules},
