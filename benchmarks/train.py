@@ -39,7 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from handlers.models.miniature import drawing
 from handlers.train import dataset
-from handlers.train.auto import Base, Plan, Precision, make_plan
+from handlers.train.auto import Base, make_plan
 from handlers.train.crew import Alone
 from handlers.train.families import FAMILIES
 from handlers.train.fitting import Fitting
@@ -47,6 +47,7 @@ from handlers.train.loop import Rate, Stage, train_stage
 from handlers.train.memory import Load, Means, bytes_named, choose
 from handlers.train.objective import Denoising, Material
 from handlers.train.optimizers import Groups, make_updates, usable_optimizers
+from handlers.train.plan import Plan, Precision
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, layers_of
 from sessions.spec import parse_spec
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from handlers.context import JobContext
-from handlers.train.auto import Plan
 from handlers.train.board import Board
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from handlers.train.recorder import sample_name
 from handlers.train.run import RunFolder
 from handlers.train.viewers import Viewer, Viewers

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from handlers.train.buckets import MINIATURE_SIDE_STEP, SIDE_STEP, Shape, bucket_shapes
 from handlers.train.holdout import how_many
-from handlers.train.memory import Means, Optimizer
-from handlers.train.prompts import TEMPLATES, WORLD_TEMPLATES, head_noun, instance_token
+from handlers.train.plan import ADAPTERS, Plan, Precision
+from handlers.train.prompts import head_noun, instance_token
 from sessions.refusal import Refusal
-from sessions.spec import RESOLUTIONS, TrainSpec, flux_problem, kept_steps, require_kept, seconds_of, steps_of
-
-Precision = Literal["fp32", "fp16", "bf16"]
+from sessions.spec_model import TrainSpec, seconds_of, steps_of
+from sessions.spec_rules import RESOLUTIONS, flux_problem, require_kept
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,12 @@ _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
     ("sdxl", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
     ("flux", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
 )
-ADAPTERS = ("lora", "dora")
 # Pictures a step. A miniature's step of 6 costs little more than one of 1, and its lessons are short.
 _BATCH_SIZE = {("miniature", "whole"): 6, ("miniature", "adapter"): 8}
 # γ of min-SNR where train.yaml names none. Uniform weights spend a miniature's short lesson on the last traces of
 # noise, where shapes are long settled: of 100 pictures 47 showed the new shape without it, 73 with it.
 _MIN_SNR = {"miniature": 1.0}
 _SAMPLES = 2  # halfway and at the end; more where train.yaml asks for them
-GUIDANCE = 7.5
-# More than this tears the edges of what a miniature draws, and class pictures would teach it the tears: old shapes fell
-# from 95 to 78 % with 7.5, and stayed with 3.
-MINIATURE_GUIDANCE = 3.0
-# Of FLUX.1 [dev], a number that it is told; [schnell] is told none.
-FLUX_GUIDANCE = 3.5
 # Where not the base's: a step of Flux at 1024 pixels takes four times as long, and what is learned at 512 shows there.
 _RESOLUTION = {"flux": 512}
 _OFFSET_NOISE = {"style": 0.1}
@@ -112,147 +103,6 @@ class Base:
     def size_class(self) -> str:
         """The row of the table: ``miniature``, or the family."""
         return "miniature" if self.miniature else self.family
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A train.yaml with nothing left open. ``run.json`` keeps it; a resumed run goes by it.
-
-    Attributes:
-        instance: the token, or ``filename``.
-        class_: the noun; may be empty.
-        captions: ``all``, ``none`` or ``person`` (those that a person wrote).
-        text_encoder_steps, text_encoder_rate: stage 1; 0 steps leave it out.
-        train_unet_in_stage_1: joint training, as the ancestor does.
-        unet_steps, unet_rate: stage 2; 0 steps keep the base's UNet.
-        checkpoint_steps, checkpoint_seconds: one of the two is None.
-        sample_every: steps of stage 2 between samples; 0 for none at all.
-        prior_images, prior_weight: class pictures that train along, and what their loss counts; 0 for none.
-        miniature: whether the base is a built-in miniature.
-        buckets: whether pictures keep about the aspect that they have.
-        lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
-        lora_convolutions: whether the UNet's convolutions have factors, too.
-        caption_dropout, caption_shuffle: how often there are no words, and whether their parts change places.
-        validation: pictures that are held out.
-        ema: whether the result is a moving average.
-        compile: whether the denoiser's repeated blocks are compiled.
-        optimizer, at_once, checkpointing, quantised, offload, fused_backward: as in ``memory.Means``; at_once 0 is a
-            whole step.
-        save_every, save_from: intermediate models, as ``spec.kept_steps`` counts them.
-        vae: the name of a VAE in place of the base's; ``auto``: the base's.
-    """
-
-    base: str
-    family: str
-    method: str
-    resolution: int
-    instance: str
-    class_: str
-    concept: str
-    captions: str
-    text_encoder_steps: int
-    text_encoder_rate: float
-    train_unet_in_stage_1: bool
-    unet_steps: int
-    unet_rate: float
-    batch_size: int
-    schedule: str
-    precision: Precision
-    seed: int
-    offset_noise: float
-    min_snr: float | None
-    checkpoint_steps: int | None
-    checkpoint_seconds: float | None
-    sample_every: int
-    prompts: tuple[str, ...]
-    prior_images: int = 0
-    prior_weight: float = 1.0
-    miniature: bool = False
-    buckets: bool = False
-    lora_rank: int = 16
-    lora_alpha: float = 16
-    lora_convolutions: bool = False
-    caption_dropout: float = 0.0
-    caption_shuffle: bool = False
-    validation: int = 0
-    ema: bool = False
-    compile: bool = False
-    optimizer: Optimizer = "adamw"
-    at_once: int = 0
-    checkpointing: bool = False
-    quantised: bool = False
-    offload: bool = False
-    fused_backward: bool = False
-    save_every: int = 0
-    save_from: int = 0
-    vae: str = "auto"
-
-    @property
-    def kept_steps(self) -> range:
-        """The steps of stage 2 after which an intermediate model is kept."""
-        return kept_steps(self.save_every, self.save_from, self.unet_steps)
-
-    @property
-    def pictures_a_step(self) -> int:
-        """Those of the subject, and as many class pictures."""
-        return self.batch_size * (2 if self.prior_images else 1)
-
-    @property
-    def means(self) -> Means:
-        """How a step fits into memory."""
-        return Means(
-            at_once=self.at_once or self.pictures_a_step,
-            checkpointing=self.checkpointing,
-            quantised=self.quantised,
-            offload=self.offload,
-            optimizer=self.optimizer,
-            fused_backward=self.fused_backward,
-        )
-
-    def with_means(self, means: Means) -> Plan:
-        """The same with other means."""
-        return replace(self, **asdict(means))
-
-    @property
-    def bucket_shapes(self) -> tuple[Shape, ...]:
-        """The buckets of its resolution, (width, height)."""
-        return bucket_shapes(self.resolution, MINIATURE_SIDE_STEP if self.miniature else SIDE_STEP)
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether an adapter is trained, and the base stays as it is."""
-        return self.method in ADAPTERS
-
-    @property
-    def is_one_stage(self) -> bool:
-        """Whether UNet and text encoders are trained together, if at all."""
-        return self.method != "dreambooth"
-
-    @property
-    def guidance(self) -> float:
-        """The classifier-free guidance with which its base draws samples and class pictures."""
-        if self.family == "flux":
-            return FLUX_GUIDANCE
-        return MINIATURE_GUIDANCE if self.miniature else GUIDANCE
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """How its base is asked for a subject."""
-        return WORLD_TEMPLATES if self.miniature else TEMPLATES
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all stages."""
-        return self.unet_steps if self.is_one_stage else self.text_encoder_steps + self.unet_steps
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The inverse of ``to_json``."""
-        return cls(**{**value, "prompts": tuple(value["prompts"])})
 
 
 def make_plan(
@@ -335,7 +185,7 @@ def _method(base: Base) -> str:
 
 
 def _check_flux(spec: TrainSpec, base: Base, method: str) -> None:
-    """Refuse what Flux does not do; ``sessions.spec`` says the same with the line, where the base's name tells."""
+    """Refuse what Flux does not do; ``spec_rules`` says the same with the line, where the base's name tells."""
     problem = flux_problem(spec, method, base.name)
     if problem:
         raise Refusal("spec", problem.what, problem.advice)

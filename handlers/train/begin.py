@@ -13,7 +13,7 @@ from PIL import Image
 from handlers.caption.rules import placed
 from handlers.context import JobContext, Stopping
 from handlers.train import dataset, holdout, prior, room, sampler
-from handlers.train.auto import Plan, Precision, make_plan
+from handlers.train.auto import make_plan
 from handlers.train.base import BaseModel
 from handlers.train.buckets import bucket_counts, told_of
 from handlers.train.decided import decided
@@ -21,6 +21,7 @@ from handlers.train.families import Embedded
 from handlers.train.fresh import fresh_denoiser
 from handlers.train.further import as_before, plan_of_run
 from handlers.train.place import Place
+from handlers.train.plan import Plan, Precision
 from handlers.train.prompts import sample_prompts, subject_of, training_prompt
 from handlers.train.run import RunFolder, now
 from handlers.train.speaking import speak

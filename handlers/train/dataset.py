@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from handlers.crop.decode import OpenPicture, read_source
 from handlers.crop.render import render_window
-from handlers.train.auto import Plan
 from handlers.train.buckets import Frame, Shape, bucket_frame
 from handlers.train.place import Place, folder_in
+from handlers.train.plan import Plan
 from sessions import files
 from sessions.layout import PRIVATE
 from sessions.refusal import Refusal

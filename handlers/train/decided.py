@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from handlers.train.auto import Plan
+from handlers.train.plan import Plan
 
 
 def decided(spec: Mapping[str, Any], plan: Plan, pictures: int) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from handlers.convert.adapter import ADAPTER_FACTS, ADAPTER_FILE
-from handlers.train.auto import Plan
 from handlers.train.families import Family
 from handlers.train.place import Place, folder_in
+from handlers.train.plan import Plan
 from handlers.train.prompts import subject_of
 from handlers.train.trainable import Adapter
 from sessions import files

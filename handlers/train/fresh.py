@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from handlers.train.auto import Plan
 from handlers.train.base import BaseModel
+from handlers.train.plan import Plan
 from handlers.train.quantise import quantise
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

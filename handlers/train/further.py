@@ -19,11 +19,12 @@ from handlers.convert.pieces import exactly
 from handlers.convert.plan import Located
 from handlers.models import catalogue
 from handlers.models.registry import Model
-from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base, unpacked
+from handlers.train.plan import Plan
 from sessions.layout import RUNS
 from sessions.refusal import Refusal
-from sessions.spec import LoraSpec, TrainSpec
+from sessions.spec import TrainSpec
+from sessions.spec_model import LoraSpec
 
 
 def plan_of_run(session: Path, continued: Mapping[str, Any]) -> Plan | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from handlers.train.auto import Plan
 from handlers.train.base import BaseModel
 from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_kept
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from sessions.layout import PREVIEWS, kept_name
 from sessions.manifest import INTERMEDIATE, Manifest
 

@@ -15,7 +15,6 @@ from handlers.context import Cancelled, JobContext, JobResult
 from handlers.convert.quiet import quiet_libraries
 from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.audience import invited
-from handlers.train.auto import Plan
 from handlers.train.base import BaseModel, find_base
 from handlers.train.crew import Crew, crew_of
 from handlers.train.divergence import Diverged
@@ -24,6 +23,7 @@ from handlers.train.further import adapter_of_run, base_of_run
 from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from handlers.train.recorder import Recorder, Silence, last_sample
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer

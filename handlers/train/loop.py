@@ -13,13 +13,13 @@ import torch
 
 from handlers.out_of_memory import is_out_of_memory
 from handlers.train import objective, randomness
-from handlers.train.auto import Plan
 from handlers.train.average import Average
 from handlers.train.crew import Crew
 from handlers.train.divergence import Diverged, smaller_rate
 from handlers.train.fitting import Fitting
 from handlers.train.objective import Batch, Material
 from handlers.train.optimizers import Groups, Tensors, Updates
+from handlers.train.plan import Plan
 from handlers.train.trainable import Trainable
 
 

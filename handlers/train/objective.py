@@ -16,8 +16,8 @@ from diffusers.training_utils import compute_snr
 from torch.nn import functional
 
 from handlers.train import randomness
-from handlers.train.auto import Plan
 from handlers.train.dataset import Frozen
+from handlers.train.plan import Plan
 
 
 class Objective(Protocol):

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from handlers.train.auto import Plan
 from handlers.train.memory import MOMENTS
+from handlers.train.plan import Plan
 from sessions.refusal import Refusal
 
 LARGEST_NORM = 1.0

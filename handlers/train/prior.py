@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from handlers.context import Stopping
-from handlers.train.auto import Plan
 from handlers.train.dataset import Rendered, render_pictures, upright_size
 from handlers.train.place import Place, folder_in
+from handlers.train.plan import Plan
 from handlers.train.prompts import class_prompt
 from sessions import files
 from sessions.layout import CONCEPT_IMAGES, is_picture_name

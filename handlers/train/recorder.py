@@ -15,11 +15,11 @@ from handlers.context import JobContext, Stopping
 from handlers.out_of_memory import is_out_of_memory
 from handlers.pipe import resident_bytes
 from handlers.train import charts, checkpoint
-from handlers.train.auto import Plan
 from handlers.train.divergence import Watch, refusal_of
 from handlers.train.intermediate import Keeper
 from handlers.train.loop import Done, Stage
 from handlers.train.place import Place, folder_in
+from handlers.train.plan import Plan
 from handlers.train.run import RunFolder
 from handlers.train.validation import is_due
 from handlers.train.viewers import Viewers

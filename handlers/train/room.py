@@ -9,12 +9,12 @@ import torch
 
 from handlers.caption.memory import free_memory
 from handlers.train import checkpoint, memory
-from handlers.train.auto import Plan
 from handlers.train.base import BaseModel
 from handlers.train.fresh import DTYPES
 from handlers.train.memory import GB, Load, Optimizer
 from handlers.train.optimizers import usable_optimizers
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from handlers.train.quantise import can_quantise
 from handlers.train.trainable import adapted_layers
 from sessions.refusal import Refusal

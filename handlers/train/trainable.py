@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from handlers.train.auto import Plan
+from handlers.train.plan import Plan
 from sessions.refusal import Refusal
 
 # Every linear layer of the transformer blocks, and the projections around them: what kohya's trainer adapts as well, so

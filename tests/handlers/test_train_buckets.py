@@ -19,7 +19,7 @@ from handlers.context import JobContext, JobResult
 from handlers.crop.window import PixelBox
 from handlers.models import miniature
 from handlers.train import dataset, loop, randomness
-from handlers.train.auto import Base, Plan, make_plan
+from handlers.train.auto import Base, make_plan
 from handlers.train.buckets import (
     Shape,
     bucket_counts,
@@ -32,6 +32,7 @@ from handlers.train.buckets import (
 from handlers.train.job import TrainHandler
 from handlers.train.objective import Denoising, Material
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from sessions import files
 from sessions.spec import parse_spec
 from tests import pictures

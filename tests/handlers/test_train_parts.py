@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handlers.train import checkpoint, dataset, loop, randomness
-from handlers.train.auto import Base, Plan, make_plan
+from handlers.train.auto import Base, make_plan
 from handlers.train.charts import grid, smooth, write_loss_curve
 from handlers.train.decided import decided
 from handlers.train.place import Place, folder_in
+from handlers.train.plan import Plan
 from handlers.train.prompts import head_noun, instance_token, sample_prompts, spoken_stem, training_prompt
 from handlers.train.run import RunFolder
 from sessions.refusal import Refusal

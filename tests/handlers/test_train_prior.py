@@ -12,11 +12,12 @@ from PIL import Image
 from handlers.context import JobContext, Stopping
 from handlers.models import miniature
 from handlers.train import loop, prior, randomness
-from handlers.train.auto import Base, Plan, make_plan
+from handlers.train.auto import Base, make_plan
 from handlers.train.dataset import Frozen, Rendered
 from handlers.train.job import TrainHandler
 from handlers.train.objective import Denoising, Material
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
 from tests.handlers.train_session import make_session, payload_of

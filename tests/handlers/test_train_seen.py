@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from handlers.train.auto import Base, Plan, make_plan
+from handlers.train.auto import Base, make_plan
 from handlers.train.board import Board
 from handlers.train.charts import write_loss_curve
 from handlers.train.divergence import RECENT, USUAL, Diverged, Verdict, Watch, refusal_of
 from handlers.train.holdout import how_many, split
 from handlers.train.place import Place
+from handlers.train.plan import Plan
 from handlers.train.viewers import Row, Viewer, Viewers
 from handlers.train.wandb_run import WandbRun
 from sessions.refusal import Refusal

@@ -11,8 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sessions.refusal import Refusal
-from sessions.spec import TrainSpec, json_schema, kept_steps, parse_spec, seconds_of, steps_of
+from sessions.spec import TrainSpec, json_schema, parse_spec
 from sessions.spec_example import EXAMPLE
+from sessions.spec_model import seconds_of, steps_of
+from sessions.spec_rules import kept_steps
 
 
 def refusal_of(text: str) -> Refusal:

@@ -25,8 +25,8 @@ from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 from handlers.models import miniature
 from handlers.models.miniature import exam, judge, world
 from handlers.search.model import Embedder
-from handlers.train.auto import MINIATURE_GUIDANCE
 from handlers.train.families.sd import STEPS
+from handlers.train.plan import MINIATURE_GUIDANCE
 from tools.miniature import pool
 
 BATCH = 25

@@ -18,8 +18,8 @@ from handlers.convert.adapter import ADAPTER_FACTS, ADAPTER_FILE
 from handlers.models.miniature import judge, world
 from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.train import sampler
-from handlers.train.auto import MINIATURE_GUIDANCE
 from handlers.train.families import FAMILIES
+from handlers.train.plan import MINIATURE_GUIDANCE
 from handlers.train.trainable import adapted, layers_of
 
 # Fresh scenes: no training script of ours draws from this seed.
