@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,13 @@ def failed_runs(session: Session, relative: str) -> list[str]:
 def former_run(session: Session, wanted: str) -> dict[str, str]:
     """The model that ``continue:`` names: its ``run``, and ``model``, the model's file in the session.
 
+    A session of fast-stable-diffusion has no runs, but a model that was made of it: its ``run`` is "".
+
     Args:
         session: the session.
-        wanted: ``last`` (the last finished run), a run's id, ``<run>-step-N`` or ``<run>/step-N`` for an intermediate
-            model, or the name of a model's file, with or without its ending.
+        wanted: ``last`` (the last finished run, or a model with the session's name that people brought), a run's id,
+            ``<run>-step-N`` or ``<run>/step-N`` for an intermediate model, or the name of a model's file, with or
+            without its ending.
 
     Raises:
         Refusal: code ``spec``: there is none, or its file is gone.
@@ -86,6 +89,8 @@ def former_run(session: Session, wanted: str) -> dict[str, str]:
         return {"run": found[-1].run, "model": found[-1].file}
     if (session.folder / layout.FINISHED / wanted.replace("/", "-") / layout.KEPT_FACTS).is_file():
         raise Waiting(f"continue: {wanted} waits for the file of that model.", retry_after=30.0)
+    if (brought := _brought(session, wanted, {each.file for each in made})) is not None:
+        return {"run": "", "model": brought}
     gone = [each.file for each in made if is_meant(each)]
     known = ", ".join(each.name for each in here)
     what = f"The run's model {gone[-1]} is gone." if gone else f"There is no finished run {wanted} in this session."
@@ -94,6 +99,16 @@ def former_run(session: Session, wanted: str) -> dict[str, str]:
         what,
         f"Finished are: {known}." if known else "Leave continue out: the first run starts from a base.",
     )
+
+
+def _brought(session: Session, wanted: str, made: Collection[str]) -> str | None:
+    """A model that lies in the session's folder and that fastsd did not make."""
+    name = session.name if wanted == "last" else wanted
+    for file in (name, *(f"{name}{ending}" for ending in sorted(layout.MODEL_SUFFIXES))):
+        path = session.folder / file
+        if Path(file).name == file and path.suffix in layout.MODEL_SUFFIXES and file not in made and path.is_file():
+            return file
+    return None
 
 
 def lacks_model(session: Session, run: RecordedRun) -> bool:

@@ -171,7 +171,7 @@ class TrainSpec(_Section):
     save_from: Count = Field(0, description="the unet step of the first intermediate model; 0: save_every")
     prompts: Prompts = Field("auto", description="auto or a list of prompts, each in quotes")
     continue_: Annotated[str, Field(max_length=255)] | None = Field(
-        None, alias="continue", description="null, last, or the name of a run or of a model of one"
+        None, alias="continue", description="null, last, or the name of a run or of a model in this folder"
     )
     publish: bool = Field(default=True, description="true or false")
     name: Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[^/\\\x00-\x1f]+$")] | None = Field(

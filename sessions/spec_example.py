@@ -47,7 +47,7 @@ EXAMPLE = """\
 #prompts: auto             # what they show, like ["a photo of zwx dog", "zwx dog on the moon"]
 #save_every: 0             # a number of unet steps: a model of every so many, in runs/
 #save_from: 0              # the unet step of the first of them; 0: save_every
-#continue: null            # last, or the name of a run or of a model of one: more steps from there
+#continue: null            # last, or the name of a run or of a model in this folder: more steps from there
 #publish: true             # into the WebUI when done
 #start: auto               # now: do not wait until all pictures have arrived
 

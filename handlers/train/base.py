@@ -17,8 +17,7 @@ import torch
 from handlers.context import Waiting
 from handlers.convert import families as converted
 from handlers.convert.folder import convert_single
-from handlers.convert.header import read_header
-from handlers.convert.source import locate
+from handlers.convert.source import locate, tensors_of
 from handlers.models import catalogue, registry
 from handlers.models.registry import Model
 from handlers.train.auto import Base
@@ -214,11 +213,9 @@ def _refuse_variants(name: str, folder: Path, denoiser: str) -> None:
 
 
 def _text_width(path: Path) -> int | None:
-    """The width of the first text encoder in one file; None where its header does not say."""
-    if path.suffix != ".safetensors":
-        return None
-    tensors = read_header(path).tensors
-    return next((tensors[name].shape[-1] for name in _TOKENS if name in tensors), None)
+    """The width of the first text encoder in one file; None where it does not say."""
+    tensors = tensors_of(path)
+    return next((tensors[name].tensor.shape[-1] for name in _TOKENS if name in tensors), None)
 
 
 def _width_of(folder: Path) -> int | None:

@@ -26,13 +26,15 @@ from sessions.refusal import Refusal
 from sessions.spec import LoraSpec, TrainSpec
 
 
-def plan_of_run(session: Path, continued: Mapping[str, Any]) -> Plan:
-    """The plan of the run that is trained on from.
+def plan_of_run(session: Path, continued: Mapping[str, Any]) -> Plan | None:
+    """The plan of the run that is trained on from; None for a model that somebody else made.
 
     Raises:
         Refusal: code ``spec``: its run.json cannot be read.
     """
     run = str(continued["run"])
+    if not run:
+        return None
     try:
         return Plan.from_json(json.loads((session / RUNS / run / "run.json").read_bytes())["plan"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -58,6 +60,8 @@ def base_of_run(session: Path, continued: Mapping[str, Any], models: Path | None
     """
     plan = plan_of_run(session, continued)
     file = _model_of(session, continued)
+    if plan is None:
+        return find_base(file.name, session, cache)
     if plan.is_adapter:
         return find_base(plan.base, models, cache)
     origin = catalogue.BUILT_IN if plan.miniature else f"{RUNS}/{continued['run']}"
@@ -84,7 +88,8 @@ def adapter_of_run(session: Path, continued: Mapping[str, Any]) -> dict[str, dic
     Raises:
         Refusal: its file is gone or broken.
     """
-    if not plan_of_run(session, continued).is_adapter:
+    plan = plan_of_run(session, continued)
+    if plan is None or not plan.is_adapter:
         return {}
     lora = read_lora(_model_of(session, continued), variants=("dora",))
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -103,23 +108,28 @@ def _tensor(located: Located) -> torch.Tensor:
     return torch.from_numpy(values.reshape(located.tensor.shape).copy())
 
 
-def as_before(spec: TrainSpec, former: Plan) -> TrainSpec:
+def as_before(spec: TrainSpec, former: Plan | None) -> TrainSpec:
     """What train.yaml leaves open stays as the former run had it; its text encoder is left as it is.
+
+    Args:
+        spec: the train.yaml.
+        former: the former run's plan; None for a model that somebody else made.
 
     Raises:
         Refusal: code ``spec``: the former run made an adapter, and this one asks for something else.
     """
     values = spec.to_json()
-    before = {
-        "instance": former.instance,
-        "class": former.class_,
-        "concept": former.concept,
-        "resolution": former.resolution,
-        "method": former.method,
-    }
-    if former.is_adapter:
-        values["lora"] = _same_adapter(spec, former)
-    values |= {key: value for key, value in before.items() if values[key] == "auto" and value}
+    if former is not None:
+        before = {
+            "instance": former.instance,
+            "class": former.class_,
+            "concept": former.concept,
+            "resolution": former.resolution,
+            "method": former.method,
+        }
+        values |= {key: value for key, value in before.items() if values[key] == "auto" and value}
+        if former.is_adapter:
+            values["lora"] = _same_adapter(spec, former)
     if values["text_encoder"]["steps"] == "auto":
         values["text_encoder"] = {**values["text_encoder"], "steps": 0}
     return TrainSpec.from_json(values)

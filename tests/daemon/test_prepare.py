@@ -201,6 +201,18 @@ def test_a_run_that_goes_further_gets_the_model_of_the_one_before(wanted: str, h
         payload(house, job)
 
 
+@pytest.mark.parametrize("wanted", ["last", "a", "a.ckpt"])
+def test_an_old_session_goes_on_from_its_model(wanted: str, house: House) -> None:
+    """A session of fast-stable-diffusion: no runs, and a model of its name."""
+    house.pictures(A)
+    house.write(f"{A}/a.ckpt", "weights")
+    house.write(f"{A}/train.yaml", f"start: now\ncontinue: {wanted}\n")
+    house.settle()
+    house.work(kinds=("crop", "caption"))
+    house.settle()
+    assert payload(house, first_job(house, "train"))["continued"] == {"run": "", "model": "a.ckpt"}
+
+
 def test_a_run_that_nobody_knows_cannot_be_gone_on_from(house: House) -> None:
     house.pictures(A)
     house.write(f"{A}/train.yaml", "start: now\ncontinue: yesterday\n")

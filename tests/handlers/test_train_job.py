@@ -355,3 +355,17 @@ def test_more_steps_from_a_finished_adapter(method: str, cache: Path, tmp_path: 
     for other in ("lora: {rank: 5}\n", "method: dreambooth\n"):
         with pytest.raises(Refusal, match=r"of rank 3 and alpha 6, and .* asks for another"):
             train(payload_of(session, still + other, run="r4", continued=continued), cache)
+
+
+def test_more_steps_from_an_old_sessions_model(cache: Path, tmp_path: Path) -> None:
+    """A pickled file of another program, in the session: its weights, and all else as train.yaml says."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    base = miniature.folder_of("miniature", cache)
+    convert(base, session / "dog.ckpt")
+    spec = "continue: last\nsample_every: 0\ninstance: qqq\nunet: {steps: 1, learning_rate: 1e-30}\nresolution: 256\n"
+    continued = {"run": "", "model": "dog.ckpt"}
+    done, _ = train(payload_of(session, spec, continued=continued), cache)
+    for part in ("unet", "text_encoder", "vae"):
+        assert same(weights(Path(done.facts["finished"]), part), weights(base, part))
+    plan = json.loads((session / "runs" / "r1" / "run.json").read_text())["plan"]
+    assert (plan["instance"], plan["text_encoder_steps"], plan["base"]) == ("qqq", 0, "dog")
