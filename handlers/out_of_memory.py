@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# CUDA, Apple and torch's allocator on the CPU say it in their own words.
-_WORDS = ("out of memory", "not enough memory", "allocate memory")
+# CUDA, cuBLAS, cuDNN, Apple and torch's allocator on the CPU say it in their own words.
+_WORDS = ("out of memory", "not enough memory", "allocate memory", "status_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +28,9 @@ from sessions.refusal import Refusal
 _PATIENCE = timedelta(hours=2)
 # Numbers that are added up in one go.
 _BUCKET = 1 << 25
+# Within which the first one should have noticed by itself that another one ended.
 _GRACE_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
 
 Follow = Callable[["Crew", str], None]
 
@@ -117,9 +121,13 @@ class Member:
                 each.grad.copy_(part.view_as(each.grad))
 
     def close(self) -> None:
-        """Leave the crew; this process may join another later."""
+        """Leave the crew, whoever is still there; this process may join another later."""
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            if self._device == "cpu":
+                torch.distributed.destroy_process_group()
+            else:
+                # NCCL's farewell is everybody's: it would wait for those who are gone.
+                torch.distributed.distributed_c10d._abort_process_group()  # noqa: SLF001 - there is no other name
         PartialState._reset_state()  # noqa: SLF001 - accelerate's own way to forget a finished group
         for name, value in self._before.items():
             if value is None:
@@ -141,17 +149,27 @@ def _buckets(parameters: Sequence[Any]) -> Iterator[list[Any]]:
         yield bucket
 
 
+class MemberLost(Exception):  # noqa: N818 - what happened, in the words of the crew
+    """One of the crew ended before the work did: a run goes on from its last checkpoint when it is tried again."""
+
+
+Limit = Callable[[float, Exception], AbstractContextManager[None]]
+"""A block that may take so many seconds, else the job ends by the exception (``JobContext.within``)."""
+
+
 @contextmanager
-def crew_of(devices: Sequence[str], follow: str, task: Mapping[str, Any]) -> Iterator[Crew]:
+def crew_of(devices: Sequence[str], follow: str, task: Mapping[str, Any], limit: Limit) -> Iterator[Crew]:
     """The crew of a run, with this process as the first; the others' processes end with the block.
 
     Args:
         devices: one a member; the first is this process's.
         follow: ``module:function``, what the others do; called with their ``Crew``, their device and ``task``.
         task: what it is told; can be pickled.
+        limit: ends the job where another member ended and this one waits for it in vain.
 
     Raises:
         Refusal: code ``crew``: the others cannot be reached.
+        MemberLost: one of them ended too early.
     """
     if len(devices) < 2:
         yield Alone()
@@ -167,36 +185,66 @@ def crew_of(devices: Sequence[str], follow: str, task: Mapping[str, Any]) -> Ite
     ]
     for process in processes:
         process.start()
+    closing = threading.Event()
+    watching = threading.Thread(target=_watch, args=(processes, closing, limit), name="crew", daemon=True)
+    watching.start()
     member: Member | None = None
     try:
         try:
             member = Member(0, len(devices), devices[0], port)
         except (RuntimeError, OSError) as error:
+            if lost := _lost(processes):
+                raise lost from error
             raise Refusal(
                 "crew",
                 f"The {len(devices)} devices of this machine cannot work together ({error}).",
                 "Write gpus: each into fastsd.yaml, so that one of them trains.",
             ) from error
-        yield member
+        try:
+            yield member
+        except RuntimeError as error:
+            # Where the others' end is noticed, it is only known that nobody answers.
+            connection.wait([process.sentinel for process in processes], 1.0)
+            if lost := _lost(processes):
+                raise lost from error
+            raise
     finally:
+        closing.set()
+        watching.join()
         for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(_GRACE_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()  # they keep nothing
+            process.join()
             process.close()
         if member:
             member.close()
 
 
+def _lost(processes: Sequence[Any]) -> MemberLost | None:
+    """What is to be said of members that ended by an error; None where there are none."""
+    ended = [process.exitcode for process in processes if process.exitcode]
+    if not ended:
+        return None
+    return MemberLost(
+        f"One of the {len(processes) + 1} processes that share this training ended (exit code {ended[0]}); "
+        "the worker's log says why."
+    )
+
+
+def _watch(processes: Sequence[Any], closing: threading.Event, limit: Limit) -> None:
+    """End the job a while after another member ended by an error: what waits for its numbers cannot be interrupted."""
+    while not closing.wait(_LOOK_SECONDS):
+        if lost := _lost(processes):
+            with limit(_GRACE_SECONDS, lost):
+                closing.wait()
+
+
 def _serve(seat: Mapping[str, Any], follow: str, task: Mapping[str, Any], parent: int) -> None:
     """The life of a member that is not the first."""
     die_with(parent)
-    # A wish to stop is the first one's to hear, which saves before it ends the others.
+    # A wish to stop is the first one's to hear, also where all are told: it finishes the step with the others and saves
+    # before it ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from importlib import import_module
 
     module, _, function = follow.partition(":")

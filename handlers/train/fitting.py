@@ -65,11 +65,7 @@ class Fitting:
         """
         less = self.means.less(may_offload=self._may_offload)
         if less is None or self.means.fused_backward:
-            raise Refusal(
-                "memory",
-                f"Memory ran out in {where}, with {self.means.told()}: nothing is left to be given up.",
-                "Close other programs that use the GPU, or write a smaller resolution or method: lora into train.yaml.",
-            )
+            raise self.refusal(where)
         updates.forget()
         gc.collect()
         if self._device.startswith("cuda"):
@@ -77,3 +73,15 @@ class Fitting:
         self.means = less
         self._apply()
         self._told(f"memory ran out in {where}: goes on with {less.told()}")
+
+    def refusal(self, where: str) -> Refusal:
+        """What people are told where memory ran out and nothing helps.
+
+        Args:
+            where: "step 7".
+        """
+        return Refusal(
+            "memory",
+            f"Memory ran out in {where}, with {self.means.told()}: nothing is left to be given up.",
+            "Close other programs that use the GPU, or write a smaller resolution or method: lora into train.yaml.",
+        )

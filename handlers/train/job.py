@@ -133,7 +133,7 @@ def _train(
     held_out = range(len(inputs) - plan.validation, len(inputs))
     validation = Validation(material, held_out) if plan.validation else None
     with (
-        crew_of(devices, "handlers.train.job:follow", _task(context, place, base)) as crew,
+        crew_of(devices, "handlers.train.job:follow", _task(context, place, base), context.within) as crew,
         closing(invited(context, place, run, plan, done)) as viewers,
     ):
         trainer = _trainer(base, pipeline, record, material, start=start, crew=crew, told=run.log)

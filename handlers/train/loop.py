@@ -145,10 +145,16 @@ def train_stage(
         value = _gradients(stage, material, step, updates=updates, fitting=fitting, crew=crew)
         if not math.isfinite(value):
             raise _diverged(stage, step, plan.precision)
-        crew.add_up(parameters)
-        updates.apply()
-        if average:
-            average.follow()
+        try:
+            crew.add_up(parameters)
+            updates.apply()
+            if average:
+                average.follow()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # A part of the parameters may be changed: nothing of this process is to be kept.
+            raise fitting.refusal(f"the update of step {stage.first + step + 1}") from None
         after_step(Done(stage, step + 1, value, stage.rate.at(step, plan.schedule), state))
     if average:
         average.settle()
@@ -159,14 +165,8 @@ def _gradients(stage: Stage, material: Material, step: int, *, updates: Updates,
     while True:
         value, problem = 0.0, False
         try:
-            # Dropout must not depend on what was drawn before.
-            torch.manual_seed(randomness.number(material.plan.seed, stage.number, step, "dropout"))
-            for part in _share(material, stage.number, step, fitting.means.at_once, crew):
-                loss = loss_of(stage, material, step, part)
-                value += float(loss.detach())
-                if not math.isfinite(value):
-                    break
-                updates.backward(loss)
+            parts = _share(material, stage.number, step, fitting.means.at_once, crew)
+            value = _add_up(stage, material, step, parts, updates)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -176,6 +176,20 @@ def _gradients(stage: Stage, material: Material, step: int, *, updates: Updates,
         if not problems:
             return total
         fitting.give_up(updates, f"step {stage.first + step + 1}")
+
+
+def _add_up(stage: Stage, material: Material, step: int, parts: Iterator[Batch], updates: Updates) -> float:
+    """Add up the gradients of parts of a step. Returns their loss; nothing of them is kept, also where it fails."""
+    # Dropout must not depend on what was drawn before.
+    torch.manual_seed(randomness.number(material.plan.seed, stage.number, step, "dropout"))
+    value = 0.0
+    for part in parts:
+        loss = loss_of(stage, material, step, part)
+        value += float(loss.detach())
+        if not math.isfinite(value):
+            break
+        updates.backward(loss)
+    return value
 
 
 def _share(material: Material, stage: int, step: int, at_once: int, crew: Crew) -> Iterator[Batch]:

@@ -91,6 +91,7 @@ class Load:
         average: whether a moving average is kept.
         quantises: whether the frozen base can be held in 4 bits.
         devices: that share the pictures of a step.
+        scales_loss: whether the loss is scaled, as float16 needs it: only all gradients together tell by how much.
     """
 
     family: str
@@ -104,6 +105,7 @@ class Load:
     average: bool = False
     quantises: bool = False
     devices: int = 1
+    scales_loss: bool = False
 
     def bytes_of(self, means: Means) -> float:
         """About how much memory a step takes."""
@@ -160,5 +162,5 @@ def _candidates(load: Load, wanted: Optimizer | None, available: frozenset[str])
             yield means
             means = means.less(may_offload=load.adapter)
     # Fused: no clipping to a norm, and nothing is added up; of all, Adafactor alone limits its steps itself.
-    if load.pictures == 1 and not load.adapter and wanted in (None, "adafactor"):
+    if load.pictures == 1 and not (load.adapter or load.scales_loss) and wanted in (None, "adafactor"):
         yield Means(1, checkpointing=True, optimizer="adafactor", fused_backward=True)

@@ -141,9 +141,11 @@ class Together:
         """As ``Updates.apply``."""
         for optimizer in self._optimizers:
             self._scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), LARGEST_NORM)
-        for optimizer in self._optimizers:
-            self._scaler.step(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), LARGEST_NORM)
+        # An overflow of one optimizer's gradients has gone into all by the clipping, and the scaler asks each alone.
+        if not self._scaler.is_enabled() or bool(torch.isfinite(norm)):
+            for optimizer in self._optimizers:
+                self._scaler.step(optimizer)
         self._scaler.update()
         self.forget()
 
@@ -285,8 +287,16 @@ def restore_state(optimizer: Any, parameters: Mapping[str, Any], tensors: Mappin
         owner, _, what = key.rpartition(".")
         if owner in names:
             parameter = names[owner]
-            # Copies of their own: views of one file would not be aligned as the optimizer's own memory is.
-            copied = value.to(parameter.device, copy=True).contiguous()
-            optimizer.state[parameter][what] = _NUMBERS[kind][0](value.item()) if kind else copied
+            optimizer.state[parameter][what] = _NUMBERS[kind][0](value.item()) if kind else _own_copy(value, parameter)
         elif key.startswith("group.") and (group := groups.get(owner.removeprefix("group."))) is not None:
             group[what] = _NUMBERS[kind][0](value.item()) if kind else value.to(copy=True)
+
+
+def _own_copy(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own, as the optimizer's is: a view of a file would be aligned otherwise.
+
+    In the parameter's own order of numbers (channels last, on a GPU): kernels go through both side by side.
+    """
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True).contiguous()
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -73,6 +73,7 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
         adapter=plan.is_adapter,
         average=plan.ema,
         devices=devices,
+        scales_loss=plan.precision == "fp16",
         quantises=plan.is_adapter and base.training.draws_from_embeddings and can_quantise(),
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from handlers.context import JobContext
 from handlers.models import miniature
 from handlers.train import crew as crew_room
-from handlers.train.crew import Alone, Crew, crew_of
+from handlers.train.crew import Alone, Crew, MemberLost, crew_of
 from handlers.train.job import TrainHandler
 from tests.handlers.train_session import make_session, payload_of
 
@@ -84,8 +86,14 @@ def test_two_train_what_one_would_also_when_all_are_killed(cache: Path, tmp_path
     assert apart(pair / finished, alone / finished, miniature.folder_of("miniature", cache)) < 0.02
 
 
-def test_one_alone_needs_nobody(tmp_path: Path) -> None:
-    with crew_of(["cpu"], "nowhere:nothing", {}) as crew:
+@contextmanager
+def patient(_seconds: float, _end: Exception) -> Iterator[None]:
+    """As a context without a limit."""
+    yield
+
+
+def test_one_alone_needs_nobody() -> None:
+    with crew_of(["cpu"], "nowhere:nothing", {}, patient) as crew:
         assert isinstance(crew, Alone)
         assert crew.sum_of([1.5, 2.0]) == [1.5, 2.0]
 
@@ -103,7 +111,8 @@ def test_gradients_are_added_up_and_nobodys_stays_none(monkeypatch: pytest.Monke
     monkeypatch.setattr(crew_room, "_BUCKET", 5)
     shapes = [(2, 2), (3,), (4,)]
     before = dict(os.environ)
-    with crew_of(["cpu", "cpu"], "tests.handlers.test_train_crew:ask", {"shapes": shapes, "bucket": 5}) as crew:
+    task = {"shapes": shapes, "bucket": 5}
+    with crew_of(["cpu", "cpu"], "tests.handlers.test_train_crew:ask", task, patient) as crew:
         assert (crew.rank, crew.count) == (0, 2)
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         parameters[0].grad = torch.ones(2, 2)
@@ -115,3 +124,60 @@ def test_gradients_are_added_up_and_nobodys_stays_none(monkeypatch: pytest.Monke
         assert crew.sum_of([0.5, 2.0]) == [12.5, 3.0]
     assert dict(os.environ) == before
     assert not torch.distributed.is_initialized()
+
+
+def add(crew: Crew, _device: str, task: dict[str, Any]) -> None:
+    """What the other member does in the tests below: so many sums."""
+    for _ in range(task["sums"]):
+        crew.sum_of([1.0])
+
+
+def others() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_wish_to_stop_that_all_hear_is_the_first_ones_to_follow() -> None:
+    with crew_of(["cpu", "cpu"], "tests.handlers.test_train_crew:add", {"sums": 2}, patient) as crew:
+        assert crew.sum_of([1.0]) == [2.0]
+        (other,) = others()
+        other.terminate()
+        assert crew.sum_of([1.0]) == [2.0], "the step is finished together"
+
+
+def test_a_member_that_is_killed_ends_the_work_at_once() -> None:
+    def work() -> None:
+        with crew_of(["cpu", "cpu"], "tests.handlers.test_train_crew:add", {"sums": 2}, patient) as crew:
+            crew.sum_of([1.0])
+            (other,) = others()
+            other.kill()
+            crew.sum_of([1.0])
+
+    with pytest.raises(MemberLost, match="One of the 2 processes that share this training ended"):
+        work()
+    assert not torch.distributed.is_initialized()
+    assert not others()
+
+
+def wait_in_vain(pipe: Any) -> None:
+    """Join a crew whose other member ends before it is there: what waits for it is native code."""
+
+    @contextmanager
+    def limit(_seconds: float, end: Exception) -> Iterator[None]:
+        pipe.send(str(end))
+        os._exit(0)
+        yield
+
+    with crew_of(["cpu", "cpu"], "nowhere:nothing", {}, limit):
+        pass
+
+
+def test_a_member_that_never_comes_is_not_waited_for() -> None:
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    process = spawning.Process(target=wait_in_vain, args=(theirs,))
+    process.start()
+    assert ours.poll(60), "it waits for two hours"
+    assert "ended (exit code 1)" in ours.recv()
+    process.join(60)
+    assert process.exitcode == 0

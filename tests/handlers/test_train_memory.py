@@ -43,6 +43,7 @@ loads = st.builds(
     adapter=st.booleans(),
     average=st.booleans(),
     quantises=st.booleans(),
+    scales_loss=st.booleans(),
 )
 
 
@@ -57,6 +58,7 @@ def test_what_is_chosen_fits_and_a_larger_card_can_do_no_less(load: Load, sizes:
     assert least(load, None, ALL) <= small
     assert choose(load, None, ALL, large) is not None
     assert not (chosen.fused_backward and load.pictures > 1), "nothing is added up in a fused backward pass"
+    assert not (chosen.fused_backward and load.scales_loss), "float16's gradients vanish where the loss is not scaled"
     assert not (chosen.offload and not load.adapter), "what is trained must stay"
 
 
