@@ -1,8 +1,8 @@
 """The names of LoRA modules: kohya's flat ones and the dotted ones of diffusers and peft, read in both directions.
 
 kohya writes a module's path with ``_`` for every dot, and paths have ``_`` of their own. ``WORDS`` is the table: every
-word of a path that has one, and every other word that occurs. A flat name is divided into the longest words there are,
-which gives its path back, since no word followed by others of the table spells a longer one.
+word of a path that has one, and every other word that occurs. A flat name is divided into the longest words that leave
+words behind them, which gives the path of every module of these models back.
 """
 
 from __future__ import annotations
@@ -59,18 +59,17 @@ def flat(path: str) -> str:
 
 
 def dotted(name: str) -> str | None:
-    """The path that ``flat`` made this name of; None where a word is not in the table."""
-    pieces, words, place = name.split("_"), [], 0
-    while place < len(pieces):
+    """The path that ``flat`` made this name of; None where it cannot be divided into words of the table."""
+    pieces = name.split("_")
+    # From the end: place → the words from there on, of which the first is the longest that leaves words behind it.
+    divided: dict[int, list[str]] = {len(pieces): []}
+    for place in range(len(pieces) - 1, -1, -1):
         for end in range(len(pieces), place, -1):
             word = "_".join(pieces[place:end])
-            if word in WORDS or word.isdecimal():
-                words.append(word)
-                place = end
+            if end in divided and (word in WORDS or word.isdecimal()):
+                divided[place] = [word, *divided[end]]
                 break
-        else:
-            return None
-    return ".".join(words)
+    return ".".join(divided[0]) if 0 in divided else None
 
 
 def from_kohya(name: str) -> Module | None:

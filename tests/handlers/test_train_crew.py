@@ -164,8 +164,8 @@ def wait_in_vain(pipe: Any) -> None:
 
     @contextmanager
     def limit(_seconds: float, end: Exception) -> Iterator[None]:
-        pipe.send(str(end))
-        os._exit(0)
+        if pipe.send(str(end)) is None:
+            os._exit(0)
         yield
 
     with crew_of(["cpu", "cpu"], "nowhere:nothing", {}, limit):

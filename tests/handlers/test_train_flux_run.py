@@ -259,6 +259,21 @@ def test_in_half_precision_it_learns_about_the_same_and_shows_it(
         assert np.asarray(shown).std() > 5
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_more_steps_from_a_finished_adapter(models: Path, cache: Path, tmp_path: Path) -> None:
+    """It begins with the factors that the written file holds, under their dotted names."""
+    session = make_session(tmp_path / "Sessions" / "dog")
+    made = train(asked(session, models), cache)
+    former = adapter_of(session)
+    file = Path(convert(made, models, cache).outputs[0])
+    still = "continue: last\nsample_every: 0\nunet: {steps: 1, learning_rate: 1e-30}\n"
+    continued = {"run": "r1", "model": file.name}
+    more = train(payload_of(session, still, run="r2", models=str(models), continued=continued), cache)
+    after = load_file(Path(more.facts["finished"]) / ADAPTER_FILE)
+    assert former.keys() == after.keys()
+    assert all(torch.equal(former[key], after[key]) for key in former)
+
+
 def test_the_loss_goes_down(models: Path, cache: Path, tmp_path: Path) -> None:
     session = make_session(tmp_path / "Sessions" / "dog")
     payload = asked(session, models)
