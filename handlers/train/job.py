@@ -48,7 +48,7 @@ class TrainHandler:
         ``run.json`` needs neither ``spec``, ``base`` nor ``pictures``.
 
         Raises:
-            Refusal: too few pictures, too little disk, a wrong combination, or the training diverged.
+            Refusal: too few pictures, too little disk or memory, a wrong combination, or the training diverged.
             Waiting: the base, or the VAE that is named, is not on this machine.
             Stopping, Cancelled: as the daemon wishes.
         """
@@ -75,6 +75,14 @@ class TrainHandler:
             with suppress(FileNotFoundError):
                 _clean_up(place, run)
             raise
+        except torch.OutOfMemoryError as error:
+            # Loading a model, encoding a picture: it would be the same the next time, and the one after.
+            said = str(error).partition(". ")[0]
+            raise Refusal(
+                "memory",
+                f"The GPU's memory ran out where nothing can be given up: {said}.",
+                "Close other programs that use the GPU, or write a smaller resolution or method: lora into train.yaml.",
+            ) from error
         except FileNotFoundError:
             if place.is_gone():
                 raise Cancelled from None  # someone deleted the session: there is nothing left to train for

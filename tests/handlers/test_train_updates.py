@@ -207,3 +207,20 @@ def test_a_run_whose_latents_were_lost_stops_while_it_makes_them_again(cache: Pa
         shutil.rmtree(session / ".fastsd" / "frozen", ignore_errors=True)
     assert done == [1.0]
     assert "encoded the pictures again" not in (session / "runs" / "r1" / "log.txt").read_text()
+
+
+def test_a_model_that_does_not_fit_the_gpu_is_refused_and_not_tried_for_ever(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+
+    def full(*_arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none")
+
+    monkeypatch.setattr("handlers.train.stages.Average", full)
+    payload = payload_of(session, "text_encoder: {steps: 0}\nunet: {steps: 1}\nsample_every: 0\nema: true\n")
+    context = JobContext(1, "train", payload, "cpu", cache, lambda *_: None, lambda: False, lambda: False)
+    with pytest.raises(Refusal) as refused:
+        TrainHandler().run(context)
+    assert refused.value.code == "memory"
+    assert refused.value.what.endswith("CUDA out of memory.")
