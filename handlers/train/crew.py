@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -249,6 +250,10 @@ def _serve(seat: Mapping[str, Any], follow: str, task: Mapping[str, Any], parent
 
     module, _, function = follow.partition(":")
     getattr(import_module(module), function)(Member(**seat), seat["device"], task)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The work is done: what libraries do at their end, with the others still there, must not look like a failure.
+    os._exit(0)
 
 
 def _free_port() -> int:
