@@ -167,14 +167,22 @@ def thaw(context: JobContext, place: Place, run: RunFolder, record: Mapping[str,
     folder = place.now()
     entries = [{**entry, "source": str(folder / entry["source"])} for entry in record["inputs"]]
     resolution = int(record["plan"]["resolution"])
-    rendered = dataset.render_pictures(entries, resolution, lambda _: context.check_cancelled())
+    count = len(entries)
+    rendered = dataset.render_pictures(
+        entries, resolution, lambda number: _progress(context, number, count, "reading the pictures")
+    )
     if rendered.left_out:
         names = ", ".join(Path(left["source"]).name for left in rendered.left_out)
         raise Refusal(
             "pictures", f"Pictures of the run {run.run} are gone: {names}.", "Save train.yaml again to start a new run."
         )
     run.log("encoded the pictures again: .fastsd/frozen was lost")
-    encoded = dataset.encode(rendered.images, pipeline.vae, context.device, lambda _: context.check_cancelled())
+    encoded = dataset.encode(
+        rendered.images,
+        pipeline.vae,
+        context.device,
+        lambda number: _progress(context, number, count, "encoding the pictures"),
+    )
     dataset.store(place, run.run, encoded)
     return encoded
 

@@ -49,7 +49,12 @@ def to_cpu(module: Any, device: str) -> Offloaded:
 
     def park(tensor: torch.Tensor) -> torch.Tensor:
         parked = tensor.to("cpu")
-        return parked.pin_memory() if device.startswith("cuda") else parked
+        if not device.startswith("cuda"):
+            return parked
+        try:
+            return parked.pin_memory()
+        except RuntimeError:
+            return parked  # there is a limit to what may be pinned; it only comes more slowly
 
     return Offloaded(module, park, lambda parked: parked.to(device, non_blocking=True))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from handlers.out_of_memory import is_out_of_memory
 from handlers.train.families import Embedded, Family
 from handlers.train.families.interface import Asked, joined
 
@@ -33,7 +34,7 @@ def draw(
         denoiser: the UNet or transformer as it is now.
         wanted: (prompt, seed) a picture.
         embedded: prompt → of one prompt, where the family draws from embeddings; its text encoders are not needed.
-        batch: how many are drawn at once.
+        batch: how many are drawn at once; fewer where memory runs out.
         resolution: pixels of a side.
         guidance: classifier-free guidance scale (Ho & Salimans 2022).
         device: where to compute.
@@ -42,7 +43,6 @@ def draw(
     Returns:
         The pictures; none when it was stopped.
     """
-    pipeline.vae.to(device)
     sampler = family.assemble(pipeline, denoiser, family.sampling_scheduler(pipeline))
     encoders = [] if family.draws_from_embeddings else [getattr(pipeline, name) for name in family.encoders]
     sampler.set_progress_bar_config(disable=True)
@@ -56,15 +56,14 @@ def draw(
 
     modes = [module.training for module in (denoiser, *encoders)]
     places = [next(encoder.parameters()).device for encoder in encoders]
-    denoiser.eval()
-    for encoder in encoders:
-        encoder.to(device).eval()
     pictures: list[Image.Image] = []
     try:
-        for start in range(0, len(wanted), batch):
-            if stopped:
-                break
-            part = wanted[start : start + batch]
+        # A card that has no room for one of them keeps none, and every mode is put back.
+        denoiser.eval()
+        for module in (pipeline.vae, *(each.eval() for each in encoders)):
+            module.to(device)
+        while len(pictures) < len(wanted) and not stopped:
+            part = wanted[len(pictures) : len(pictures) + batch]
             prompts = [prompt for prompt, _seed in part]
             asked = Asked(
                 prompts,
@@ -74,8 +73,13 @@ def draw(
                 [torch.Generator().manual_seed(seed) for _prompt, seed in part],
                 after_step,
             )
-            with torch.no_grad():
-                pictures.extend(family.draw(sampler, asked))
+            try:
+                with torch.no_grad():
+                    pictures.extend(family.draw(sampler, asked))
+            except (RuntimeError, MemoryError) as error:
+                if batch == 1 or not is_out_of_memory(error):
+                    raise
+                batch = -(-batch // 2)
     finally:
         for module, mode in zip((denoiser, *encoders), modes, strict=True):
             module.train(mode)

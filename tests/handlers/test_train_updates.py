@@ -1,8 +1,9 @@
-"""What GPUs do to updates, done on the CPU: scaled losses that overflow, channels last, memory that runs out."""
+"""What GPUs do to a training, done on the CPU: losses that overflow, channels last, memory that runs out."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from handlers.context import JobContext
+from handlers.context import JobContext, Stopping
 from handlers.models import miniature
 from handlers.out_of_memory import is_out_of_memory
+from handlers.train import sampler
+from handlers.train.base import find_base
+from handlers.train.families.interface import Asked
+from handlers.train.families.sd import StableDiffusion
 from handlers.train.job import TrainHandler
 from handlers.train.optimizers import Together
 from sessions.refusal import Refusal
@@ -141,3 +146,64 @@ def test_what_a_failed_step_computed_is_gone_before_it_is_done_again(
 )
 def test_libraries_say_in_their_own_words_that_memory_ran_out(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))
+
+
+class SmallCard(StableDiffusion):
+    """SD 1 on a card on which so many pictures are drawn at once, and no more."""
+
+    fits = 1
+
+    def draw(self, whole: Any, asked: Asked) -> list[Any]:
+        if len(asked.prompts) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().draw(whole, asked)
+
+
+class FullCard(SmallCard):
+    """No picture has room on it."""
+
+    fits = 0
+
+
+def test_samples_that_have_no_room_together_are_drawn_one_by_one(cache: Path) -> None:
+    base = find_base("miniature", None, cache)
+    pipeline, unet = base.load_pipeline(), base.load_denoiser().train()
+    pipeline.text_encoder.train()
+
+    def draw(wanted: list[tuple[str, int]], family: SmallCard) -> list[Any]:
+        return sampler.draw(
+            family,
+            pipeline,
+            unet,
+            wanted=wanted,
+            batch=len(wanted),
+            resolution=64,
+            guidance=3.0,
+            device="cpu",
+            should_stop=lambda: False,
+        )
+
+    first, second = draw([("a red circle", 1), ("a blue square", 2)], SmallCard("sd1"))
+    assert first.tobytes() == draw([("a red circle", 1)], SmallCard("sd1"))[0].tobytes()
+    assert second.tobytes() == draw([("a blue square", 2)], SmallCard("sd1"))[0].tobytes()
+    with pytest.raises(torch.OutOfMemoryError):
+        draw([("a red circle", 1), ("a blue square", 2)], FullCard("sd1"))
+    assert unet.training
+    assert pipeline.text_encoder.training
+
+
+def test_a_run_whose_latents_were_lost_stops_while_it_makes_them_again(cache: Path, tmp_path: Path) -> None:
+    session = make_session(tmp_path / "Sessions" / "dog")
+    payload = payload_of(session, "text_encoder: {steps: 0}\nunet: {steps: 3}\nsample_every: 0\n")
+    done: list[float] = []
+
+    def report(number: float, _total: float, _note: str, facts: Any) -> None:
+        if "loss" in facts:
+            done.append(number)
+
+    for _ in range(2):
+        with pytest.raises(Stopping):
+            TrainHandler().run(JobContext(1, "train", payload, "cpu", cache, report, lambda: False, lambda: bool(done)))
+        shutil.rmtree(session / ".fastsd" / "frozen", ignore_errors=True)
+    assert done == [1.0]
+    assert "encoded the pictures again" not in (session / "runs" / "r1" / "log.txt").read_text()
