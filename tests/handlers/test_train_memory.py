@@ -155,7 +155,7 @@ def test_out_of_memory_goes_on_from_the_same_step(cache: Path, tmp_path: Path, m
     run(whole, cache, spec)
     small = make_session(tmp_path / "b" / "Sessions" / "dog")
     # The pictures that are drawn before the first step need no gradients; a step needs checkpointing and two at once.
-    monkeypatch.setattr("handlers.train.families.sd.load_unet", SmallCard(2).load)
+    monkeypatch.setattr("handlers.train.families.unet.load_unet", SmallCard(2).load)
     run(small, cache, spec)
     log = (small / "runs" / "r1" / "log.txt").read_text()
     assert "memory ran out in step 1: goes on with adamw, 8 pictures at once, gradient checkpointing" in log
@@ -172,7 +172,7 @@ def test_out_of_memory_goes_on_from_the_same_step(cache: Path, tmp_path: Path, m
 
 def test_where_nothing_is_left_to_give_up(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = make_session(tmp_path / "Sessions" / "dog")
-    monkeypatch.setattr("handlers.train.families.sd.load_unet", SmallCard(0).load)
+    monkeypatch.setattr("handlers.train.families.unet.load_unet", SmallCard(0).load)
     with pytest.raises(Refusal, match="Memory ran out in step 1") as refused:
         run(session, cache, "text_encoder: {steps: 0}\nunet: {steps: 2}\nsample_every: 0\n")
     assert refused.value.code == "memory"

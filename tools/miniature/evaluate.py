@@ -25,7 +25,7 @@ from transformers import Kosmos2ForConditionalGeneration, Kosmos2Processor
 from handlers.models import miniature
 from handlers.models.miniature import exam, judge, world
 from handlers.search.model import Embedder
-from handlers.train.families.sd import STEPS
+from handlers.train.families.unet import STEPS
 from handlers.train.plan import MINIATURE_GUIDANCE
 from tools.miniature import pool
 

@@ -16,8 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from PIL import Image
 
 from handlers.convert.source import locate
+from handlers.train.families.drawing import computed_in, decoded
 from handlers.train.families.interface import Asked, Embedded, Tokens, token_ids
-from handlers.train.families.sd import computed_in, decoded
 from handlers.train.flow import FlowMatching
 
 # Tokens of T5 that the two models were made for.

@@ -9,39 +9,23 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 
-from handlers.train.families.interface import Asked, Embedded, Tokens, token_ids
-from handlers.train.families.sd import ddim, denoising, drawn, load_unet
-from handlers.train.objective import Denoising
+from handlers.train.families.interface import Embedded, Tokens, token_ids
+from handlers.train.families.unet import WithUNet
 
 
 @dataclass(frozen=True)
-class StableDiffusionXL:
+class StableDiffusionXL(WithUNet):
     """SDXL's base model. Its VAE overflows in float16, so that it is always used in float32 here."""
 
     name: str = "sdxl"
-    denoiser: str = "unet"
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
-    draws_from_embeddings: bool = False
 
     def load(self, folder: Path) -> Any:
         """All but the denoiser (``interface.Family.load``)."""
         return StableDiffusionXLPipeline.from_pretrained(
             folder, unet=None, add_watermarker=False, dtype=torch.float32, local_files_only=True
         ).to(dtype=torch.float32)
-
-    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-        """The UNet (``interface.Family.load_denoiser``)."""
-        return load_unet(folder).to(dtype=dtype)
-
-    def objective(self, pipeline: Any) -> Denoising:
-        """Noise or velocity, as the base's schedule says (``interface.Family.objective``)."""
-        return denoising(pipeline)
-
-    def sampling_scheduler(self, pipeline: Any) -> Any:
-        """DDIM (``interface.Family.sampling_scheduler``)."""
-        return ddim(pipeline)
 
     def assemble(self, pipeline: Any, denoiser: Any, scheduler: Any) -> Any:
         """A whole pipeline (``interface.Family.assemble``)."""
@@ -56,10 +40,6 @@ class StableDiffusionXL:
             force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
             add_watermarker=False,
         )
-
-    def draw(self, whole: Any, asked: Asked) -> list[Image.Image]:
-        """Pictures (``interface.Family.draw``)."""
-        return drawn(whole, asked)
 
     def tokens(self, pipeline: Any, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids (``interface.Family.tokens``); the tokenizers differ in what they pad with."""
