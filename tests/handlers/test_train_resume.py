@@ -236,7 +236,14 @@ def test_methods_of_one_stage_end_the_same_when_killed(
     assert finished(killed) == finished(whole)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor", "prodigy"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "prodigy",
+        pytest.param("adamw8bit", marks=pytest.mark.soak),
+        pytest.param("adafactor", marks=pytest.mark.soak),
+    ],
+)
 def test_every_optimizer_and_the_average_end_the_same_when_killed(
     optimizer: str, server: ForkServerContext, cache: Path, tmp_path: Path
 ) -> None:
