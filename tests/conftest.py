@@ -18,6 +18,32 @@ settings.load_profile("fastsd")
 # interrupt a process would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files whose tests run whole daemons and trainings for minutes. They go first: whoever takes one last would work alone.
+LONG = (
+    "test_end_to_end",
+    "test_miniature_lesson",
+    "test_train_resume",
+    "test_train_crew",
+    "test_keeping_end_to_end",
+    "test_train_seen_runs",
+    "test_train_flux_run",
+    "test_lora_end_to_end",
+    "test_search_end_to_end",
+    "test_train_job",
+    "test_crop_end_to_end",
+    "test_arriving_models",
+    "test_train_intermediate",
+    "test_failures",
+    "test_cli_end_to_end",
+    "test_caption_commands",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, in the order above."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
