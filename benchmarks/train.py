@@ -213,7 +213,7 @@ def ours(parts: Parts, precision: Precision, steps: int, memory: str) -> float:
         2, "UNet", 0, steps, {"unet": Rate(2e-6, steps)}, unet, {"unet": trained}, lambda _step, chosen: told[chosen[0]]
     )
     clock = _Clock(parts.device)
-    groups = stage.groups()
+    groups = stage.groups
     means_of_memory = _means(parts, plan, groups, memory)
     plan = plan.with_means(means_of_memory)
     fitting = Fitting(means_of_memory, unet, (), parts.device, may_offload=parts.shape.adapter, told=print)

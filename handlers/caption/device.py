@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from handlers.caption.memory import free_memory
+from handlers.free_memory import free_memory
 
 # More are hardly faster: on a CPU the gain is 1.9, 2.6 and 3.1 at 2, 4 and 8.
 _MOST_ON_CPU = 8

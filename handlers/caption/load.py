@@ -14,9 +14,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from handlers.caption.memory import free_memory
 from handlers.caption.precision import CHOICES, Machine, Precision, choose
 from handlers.context import Waiting
+from handlers.free_memory import free_memory
 from sessions.refusal import Refusal
 
 

@@ -18,7 +18,6 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from handlers.caption.memory import free_memory
 from handlers.convert.adapter import AdapterFacts
 from handlers.convert.adapter_hollow import compare_hollow
 from handlers.convert.forward import FAILURES, compare_outputs, output_of
@@ -26,6 +25,7 @@ from handlers.convert.lora import halves_of, read_lora
 from handlers.convert.lora_names import Module, to_kohya
 from handlers.convert.quiet import quiet_libraries
 from handlers.convert.verify import Unproven
+from handlers.free_memory import free_memory
 from handlers.train.base import BaseModel
 
 # Of the largest weight: products are added up in another order.

@@ -8,9 +8,9 @@ from typing import Any
 
 from handlers.context import JobContext
 from handlers.train.board import Board
+from handlers.train.charts import sample_name
 from handlers.train.place import Place
 from handlers.train.plan import Plan
-from handlers.train.recorder import sample_name
 from handlers.train.run import RunFolder
 from handlers.train.viewers import Viewer, Viewers
 from handlers.train.wandb_run import WandbRun

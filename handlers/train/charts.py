@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from sessions import files
+from sessions.layout import PREVIEWS
 
 _TEXT = 12
 _MARGIN = 4
@@ -94,3 +95,14 @@ def write_grid(path: Path, sheet: Image.Image) -> None:
     """Write a grid as JPEG."""
     with files.atomic_path(path) as temporary:
         sheet.save(temporary, format="JPEG", quality=92)
+
+
+def sample_name(total: int) -> str:
+    """The name of the sample grid of a step."""
+    return f"samples-step-{total}.jpg"
+
+
+def last_sample(session: Path, total: int) -> Path | None:
+    """The sample grid of the last step, if one was drawn."""
+    path = session / PREVIEWS / sample_name(total)
+    return path if path.is_file() else None

@@ -33,8 +33,6 @@ _BUCKET = 1 << 25
 _GRACE_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 
-Follow = Callable[["Crew", str], None]
-
 
 class Crew(Protocol):
     """Those who share the steps of a run.

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from handlers.train.base import BaseModel
+from handlers.train.charts import last_sample
 from handlers.train.finish import finished_folder, metadata_of, write_adapters, write_kept
 from handlers.train.place import Place
 from handlers.train.plan import Plan
-from sessions.layout import PREVIEWS, kept_name
+from sessions.layout import kept_name
 from sessions.manifest import INTERMEDIATE, Manifest
 
 if TYPE_CHECKING:
@@ -60,14 +61,15 @@ class Keeper:
             OSError: there is no room.
         """
         plan, name = self._plan, kept_name(self._run, step)
-        preview = f"{PREVIEWS}/samples-step-{total}.jpg"
+        session = self._place.now()
+        preview = last_sample(session, total)
         facts = {
             "run": name,
             "of": self._run,
             "step": step,
             "metadata": {**metadata_of(self._record, plan, total), "fastsd.step": step},
             "spec_record": self._record.get("spec_record"),
-            "preview": preview if (self._place.now() / preview).is_file() else None,
+            "preview": preview.relative_to(session).as_posix() if preview else None,
         }
         dtype = self._base.finished_dtype()
         with self._trainer.result():

@@ -16,6 +16,7 @@ from handlers.convert.quiet import quiet_libraries
 from handlers.train import begin, checkpoint, dataset, room
 from handlers.train.audience import invited
 from handlers.train.base import BaseModel, find_base
+from handlers.train.charts import last_sample
 from handlers.train.crew import Crew, crew_of
 from handlers.train.divergence import Diverged
 from handlers.train.finish import finished_folder, metadata_of, trained_on, write_adapters, write_finished
@@ -24,7 +25,7 @@ from handlers.train.intermediate import Keeper
 from handlers.train.objective import Material
 from handlers.train.place import Place
 from handlers.train.plan import Plan
-from handlers.train.recorder import Recorder, Silence, last_sample
+from handlers.train.recorder import Recorder, Silence
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
 from handlers.train.vae import put_in, require_same

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class Stage:
         """Where train.yaml speaks of it."""
         return "text_encoder" if self.number == 1 else "unet"
 
+    @cached_property
     def groups(self) -> Groups:
         """Name of what is trained → name → parameter, in a fixed order; all names are distinct."""
         return {
@@ -135,7 +137,7 @@ def train_stage(
         Refusal: code ``memory``: nothing is left to be given up.
     """
     plan = material.plan
-    parameters = [parameter for group in stage.groups().values() for parameter in group.values()]
+    parameters = [parameter for group in stage.groups.values() for parameter in group.values()]
 
     def state() -> dict[str, Tensors]:
         return {"optimizer": updates.tensors(), **({"average": average.tensors()} if average else {})}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -258,9 +257,9 @@ class Recorder:
             shown = [prompts[index % len(prompts)] for index in range(len(pictures))]
             sheet = charts.grid(pictures, shown, columns=len(prompts))
             self._place.write(
-                lambda session: charts.write_grid(folder_in(session, PREVIEWS) / sample_name(total), sheet),
+                lambda session: charts.write_grid(folder_in(session, PREVIEWS) / charts.sample_name(total), sheet),
             )
-            self._viewers.show(total, self._place.now() / PREVIEWS / sample_name(total))
+            self._viewers.show(total, self._place.now() / PREVIEWS / charts.sample_name(total))
         self.chart()
 
     def chart(self) -> None:
@@ -276,17 +275,6 @@ def memory_used(device: str) -> dict[str, int]:
     if device.startswith("cuda"):
         return {"gpu_memory": int(torch.cuda.max_memory_reserved(device))}
     return {"memory": resident_bytes()}
-
-
-def sample_name(total: int) -> str:
-    """The name of the sample grid of a step."""
-    return f"samples-step-{total}.jpg"
-
-
-def last_sample(session: Path, total: int) -> Path | None:
-    """The sample grid of the last step, if one was drawn."""
-    path = session / PREVIEWS / sample_name(total)
-    return path if path.is_file() else None
 
 
 def _parts(done: Done) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from handlers.caption.memory import free_memory
+from handlers.free_memory import free_memory
 from handlers.train import checkpoint, memory
 from handlers.train.base import BaseModel
 from handlers.train.fresh import DTYPES

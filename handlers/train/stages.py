@@ -210,7 +210,7 @@ class Trainer:
         modules = list({id(part): part for part in parts}.values())
         for module in modules:
             module.requires_grad_(requires_grad=False)
-        stage.groups()  # what is trained is not frozen from now on
+        groups = stage.groups  # what is trained is not frozen from now on
         # What stays in the CPU's memory is put away before the rest moves.
         fitting = Fitting(
             plan.means,
@@ -227,7 +227,6 @@ class Trainer:
             if found:
                 trained.load(found.load(name))
         self._quicken(stage.denoiser)
-        groups = stage.groups()
         updates = make_updates(plan, groups, self._device)
         self._average = Average(groups) if plan.ema else None
         if found:

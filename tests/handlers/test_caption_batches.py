@@ -16,12 +16,12 @@ from PIL import Image
 from handlers.caption.batches import GROW_AFTER, Pace, batch_size, in_batches, picture_bytes
 from handlers.caption.boxes import parse
 from handlers.caption.job import CaptionHandler
-from handlers.caption.memory import UNKNOWN, free_memory
 from handlers.caption.model import Captioner
 from handlers.caption.prompts import BRIEF, DETAILED, Question
 from handlers.caption.speaking import Ask, Spoken
 from handlers.caption.voice import KosmosVoice
 from handlers.context import JobContext, JobResult
+from handlers.free_memory import UNKNOWN, free_memory
 from handlers.models import miniature
 from handlers.models.miniature import world
 from handlers.models.miniature.judge import box_overlap

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from handlers.train.viewers import Row, Viewer, Viewers
 from handlers.train.wandb_run import WandbRun
 from sessions.refusal import Refusal
 from sessions.spec import parse_spec
+from tests.daemon_process import until
 from tests.events import Shown, shown_in
 
 SD15 = Base("sd15", "sd1", 512, miniature=False)
@@ -293,9 +293,8 @@ def test_wandb_offline_keeps_every_step_and_nothing_in_the_tree(
     run.close()
     (file,) = folder.rglob("*.wandb")
     # Its own process writes the file, and may be a moment behind.
-    deadline = time.monotonic() + 60
-    while len(found := wandb_steps(file)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len(wandb_steps(file)) >= 4, "wandb has written all steps", 60)
+    found = wandb_steps(file)
     assert [step for step, _ in found] == [1, 2, 3, 4]
     assert found[3][1]["loss/held out"] == 0.5
     assert sorted(session.rglob("*")) == before
