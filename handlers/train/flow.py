@@ -32,6 +32,11 @@ class FlowMatching:
     scaling_factor: float
     shift_factor: float
 
+    @property
+    def worthless(self) -> float:
+        """That of noise and of a latent together (``Objective.worthless``)."""
+        return 2.0
+
     def latents(self, mean: torch.Tensor, std: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
         """(Samples - shift) × scaling factor (``Objective.latents``)."""
         return (mean + std * within - self.shift_factor) * self.scaling_factor

@@ -154,6 +154,7 @@ def _train(
             draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
             spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
             keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
+            worthless=material.objective.worthless,
             viewers=viewers,
             measure=validation.measure_of(trainer.result) if validation else None,
             decided=record.get("decided", ()),

@@ -23,6 +23,10 @@ from handlers.train.plan import Plan
 class Objective(Protocol):
     """What a family's denoiser is trained to predict."""
 
+    @property
+    def worthless(self) -> float:
+        """What a picture costs a denoiser that predicts nothing: the variance of its target."""
+
     def latents(self, mean: torch.Tensor, std: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
         """Samples of the VAE's distributions, scaled as the denoiser knows them; all (pictures, channels, h, w)."""
 
@@ -57,6 +61,11 @@ class Denoising:
 
     scheduler: Any
     scaling_factor: float
+
+    @property
+    def worthless(self) -> float:
+        """That of noise, and of velocity (``Objective.worthless``)."""
+        return 1.0
 
     @property
     def _is_velocity(self) -> bool:

@@ -65,6 +65,7 @@ class Recorder:
         draw: draws samples of the models as they are; an empty list where it was stopped.
         keeper: writes intermediate models.
         spent: seconds that earlier processes spent on this run.
+        worthless: what a picture costs a model that predicts nothing.
         viewers: who else is told of every step.
         measure: gives the loss of held-out pictures; None where there are none.
         decided: what ``auto`` became, for the status.
@@ -80,6 +81,7 @@ class Recorder:
         draw: Callable[[], list[Image.Image]],
         keeper: Keeper,
         spent: float,
+        worthless: float,
         viewers: Viewers,
         measure: Callable[[Stage], float] | None = None,
         decided: Sequence[str] = (),
@@ -91,6 +93,7 @@ class Recorder:
         self._draw = draw
         self._decided = list(decided)
         self._keeper = keeper
+        self._worthless = worthless
         self._viewers = viewers
         self._measure = measure
         self._watch: Watch | None = None
@@ -172,9 +175,8 @@ class Recorder:
         """Watches the stage; it knows the losses of its earlier steps, whichever process did them."""
         if self._watch is None or self._watched != stage.number:
             past = [(row["step"], float(row["loss"])) for row in self._run.metrics() if row["stage"] == stage.number]
-            target = 2.0 if self._plan.family == "flux" else 1.0
             of_class = self._plan.prior_weight if self._plan.prior_images else 0.0
-            self._watch, self._watched = Watch(target * (1.0 + of_class), past), stage.number
+            self._watch, self._watched = Watch(self._worthless * (1.0 + of_class), past), stage.number
         return self._watch
 
     def _measured(self, done: Done) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -31,7 +30,7 @@ from handlers.train.speaking import speak
 from handlers.train.trainable import TRANSFORMER_LAYERS, adapted
 from sessions.refusal import Refusal
 from tests.handlers.flux_models import DEV, SCHNELL, build
-from tests.handlers.test_train_resume import finished, run_child, tear
+from tests.handlers.train_process import finished, run_child, tear
 from tests.handlers.train_session import make_session, payload_of
 
 SPEC = """
@@ -55,13 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (DEV, SCHNELL):
         build(name, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["handlers.train.job"])
-    return context
 
 
 def asked(session: Path, models: Path, *, base: str = DEV, method: str = "lora", **more: int) -> dict[str, Any]:

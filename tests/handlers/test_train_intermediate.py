@@ -1,7 +1,6 @@
 """Intermediate models: what a run would have ended with, written once, however often it is killed."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from handlers.train.base import find_base
 from handlers.train.job import TrainHandler
 from sessions.manifest import INTERMEDIATE, Manifest
 from sessions.refusal import Refusal
-from tests.handlers.test_train_resume import run_child, train_in_child, weights_of
+from tests.handlers.train_process import run_child, train_in_child, weights_of
 from tests.handlers.train_session import make_session, payload_of
 
 SPEC = """
@@ -50,14 +49,6 @@ def folders(session: Path) -> dict[str, dict[str, str]]:
         weights.pop("intermediate.json", None)
         found[folder.name] = weights
     return found
-
-
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """Real processes that fork from one that has imported torch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["handlers.train.job"])
-    return context
 
 
 @pytest.fixture(scope="module")

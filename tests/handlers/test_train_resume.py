@@ -1,11 +1,9 @@
 """Kill a training at any step: it ends with the same bytes."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 from handlers.context import JobContext, Stopping
 from handlers.models import miniature
 from handlers.train.job import TrainHandler
-from sessions import files
+from tests.handlers.train_process import finished, flip, run_child, tear, weights_of
 from tests.handlers.train_session import make_long_session, make_session, payload_of
 
 SPEC = """
@@ -39,61 +37,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """Real processes that need not import torch each time: they fork from one that has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["handlers.train.job"])
-    return context
-
-
-def train_in_child(payload: dict[str, Any], cache: str, pause_after: int, pipe: Any) -> None:
-    """Train, and tell of each step; wait for the parent (who kills) after step ``pause_after``."""
-    seen = []
-
-    def report(done: float, total: float, note: str, facts: Any) -> None:
-        if "loss" in facts:
-            seen.append(int(done))
-            if done == pause_after:
-                pipe.send(seen)
-                pipe.recv()
-
-    context = JobContext(1, "train", payload, "cpu", Path(cache), report, lambda: False, lambda: False)
-    TrainHandler().run(context)
-    pipe.send(seen)
-
-
-def run_child(server: ForkServerContext, payload: dict[str, Any], cache: Path, kill_after: int | None) -> list[int]:
-    """Train in a process of its own, killed with SIGKILL once ``kill_after`` steps are done. Returns its steps."""
-    ours, theirs = server.Pipe()
-    process = server.Process(target=train_in_child, args=(payload, str(cache), kill_after or -1, theirs))
-    process.start()
-    theirs.close()
-    assert ours.poll(120), "the child gave no sign"
-    seen: list[int] = ours.recv()
-    if kill_after is not None:
-        assert process.pid
-        os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    assert process.exitcode == (-signal.SIGKILL if kill_after is not None else 0)
-    process.close()
-    ours.close()
-    return seen
-
-
-def weights_of(folder: Path) -> dict[str, str]:
-    """Relative path → SHA-256 of every file of a finished folder."""
-    return {
-        path.relative_to(folder).as_posix(): files.sha256_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def finished(session: Path) -> dict[str, str]:
-    return weights_of(session / ".fastsd" / "finished" / "r1")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(server: ForkServerContext, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     session = make_session(tmp_path_factory.mktemp("tree") / "Sessions" / "dog")
     steps = run_child(server, payload_of(session, SPEC), cache, None)
@@ -107,18 +50,6 @@ def test_training_changed_the_weights(undisturbed: dict[str, str], cache: Path) 
         assert undisturbed[f"{part}.safetensors"] != base[f"{part}.safetensors"]
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert undisturbed[vae] == base[vae]
-
-
-def tear(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-5, os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
 
 
 def checkpoints(session: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from handlers.train.place import Place
 from handlers.train.run import RunFolder
 from sessions.refusal import Refusal
 from tests.events import shown_in
-from tests.handlers.test_train_resume import finished, run_child
+from tests.handlers.train_process import finished, run_child
 from tests.handlers.train_session import make_session, payload_of
 
 SPEC = """
@@ -39,13 +38,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     miniature.ensure("miniature", folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["handlers.train.job"])
-    return context
 
 
 def five_pictures(folder: Path) -> Path:

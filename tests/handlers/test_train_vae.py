@@ -13,7 +13,7 @@ from handlers.convert.job import convert
 from handlers.models import miniature, registry
 from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
-from tests.handlers.test_train_resume import weights_of
+from tests.handlers.train_process import weights_of
 from tests.handlers.train_session import make_session, payload_of
 
 SPEC = """
