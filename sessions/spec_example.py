@@ -25,7 +25,9 @@ EXAMPLE = """\
 #text_encoder: {steps: auto, learning_rate: auto, unet: trained}   # steps: 0 leaves it as it is
 #unet: {steps: auto, learning_rate: auto}                          # steps: 1500, or "150/image"
 #lora: {rank: 16, alpha: 16, convolutions: auto}   # convolutions: true learns new shapes better, in a larger file
-#prior: {images: 0, weight: 1.0}    # class pictures against forgetting; missing ones are drawn into concept_images/
+#prior: {images: 0, weight: 1.0, caption_dropout: auto, target: auto}   # class pictures against forgetting; those that
+#                       # are missing are drawn into concept_images/. caption_dropout: how often one has no words;
+#                       # target: picture: the class pictures | base: what the base predicts for them, forgets less
 
 ## How to train
 #optimizer: auto

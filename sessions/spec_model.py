@@ -83,6 +83,12 @@ class PriorSpec(Section):
 
     images: int = Field(0, ge=0, le=100_000, description="a number of class pictures, 0 for none")
     weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="a number, 0 or more")
+    caption_dropout: Auto | Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        "auto", description="auto, or a number from 0 to 1: how often a class picture has no words"
+    )
+    target: Auto | Literal["picture", "base"] = Field(
+        "auto", description="auto, picture or base: what the model shall still draw"
+    )
 
 
 class TrainSpec(Section):
@@ -120,7 +126,9 @@ class TrainSpec(Section):
     )
     unet: UNetSpec = Field(default_factory=UNetSpec, description="{steps: auto, learning_rate: auto}")
     lora: LoraSpec = Field(default_factory=LoraSpec, description="{rank: 16, alpha: 16}")
-    prior: PriorSpec = Field(default_factory=PriorSpec, description="{images: 0, weight: 1.0}")
+    prior: PriorSpec = Field(
+        default_factory=PriorSpec, description="{images: 0, weight: 1.0, caption_dropout: auto, target: auto}"
+    )
     optimizer: Auto | Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
         "auto", description="auto, adamw, adamw8bit, adafactor or prodigy"
     )

@@ -69,6 +69,10 @@ def _how(spec: Mapping[str, Any], plan: Plan) -> list[str]:
     words = [f"{key} {value}" for key, value in found.items() if spec.get(key) == "auto"]
     if spec.get("min_snr") is None and plan.min_snr is not None:
         words.append(f"min_snr {plan.min_snr:g}")
+    if plan.prior_images and (spec.get("prior") or {}).get("caption_dropout") == "auto":
+        words.append(f"prior.caption_dropout {plan.prior_caption_dropout:g}")
+    if plan.prior_images and (spec.get("prior") or {}).get("target") == "auto":
+        words.append(f"prior.target {plan.prior_target}")
     if spec.get("memory") == "auto":
         words += [
             word

@@ -220,7 +220,9 @@ def _trainer(
     words = wording(
         [entry["prompt"] for entry in inputs],
         material.subjects,
+        seen - material.subjects,
         dropout=plan.caption_dropout,
+        class_dropout=plan.prior_caption_dropout,
         shuffle=plan.caption_shuffle,
         seed=plan.seed,
     )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from handlers.train.fitting import Fitting
 from handlers.train.objective import Batch, Material
 from handlers.train.optimizers import Groups, Tensors, Updates
 from handlers.train.plan import Plan
+from handlers.train.teacher import Teacher
 from handlers.train.trainable import Trainable
 
 
@@ -54,6 +55,7 @@ class Stage:
         denoiser: predicts; trained if it is among ``trained``.
         trained: name → what of which module gets gradients.
         condition: (step from 0, pictures' indices) → the denoiser's keyword arguments: what it is told of them.
+        teacher: what class pictures are kept to; None: to themselves.
     """
 
     number: int
@@ -64,6 +66,7 @@ class Stage:
     denoiser: Any
     trained: Mapping[str, Trainable]
     condition: Callable[[int, list[int]], Mapping[str, Any]]
+    teacher: Teacher | None = None
 
     @property
     def rate(self) -> Rate:
@@ -210,8 +213,10 @@ def denoising_loss(stage: Stage, material: Material, step: int) -> torch.Tensor:
 
 def loss_of(stage: Stage, material: Material, step: int, batch: Batch) -> torch.Tensor:
     """What a batch adds to the loss of its step, a scalar in float32."""
+    teacher = stage.teacher
+    answer = partial(teacher.answer, material.objective, step) if teacher else None
     with _autocast(material.plan, material.device):
-        found = objective.losses(material, stage.denoiser, batch, stage.condition(step, batch.chosen))
+        found = objective.losses(material, stage.denoiser, batch, stage.condition(step, batch.chosen), answer)
     return (found * batch.shares.to(found)).sum()
 
 

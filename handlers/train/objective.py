@@ -6,7 +6,7 @@ or at N, and however many pictures go through the model at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -141,6 +141,7 @@ class Batch:
         noise: the same shape.
         timesteps: (P,).
         shares: (P,), what each picture's loss counts in the step; 1 / the batch size for those of the subject.
+        of_class: (P,), whether it is a class picture.
     """
 
     chosen: list[int]
@@ -148,14 +149,25 @@ class Batch:
     noise: torch.Tensor
     timesteps: torch.Tensor
     shares: torch.Tensor
+    of_class: torch.Tensor
 
     def parts(self, most: int) -> Iterator[Batch]:
         """The same pictures in batches of at most ``most``."""
         for first in range(0, len(self.chosen), most):
             part = slice(first, first + most)
-            yield Batch(
-                self.chosen[part], self.latents[part], self.noise[part], self.timesteps[part], self.shares[part]
-            )
+            yield self.rows(part)
+
+    def of_classes(self) -> Batch:
+        """Its class pictures; there may be none."""
+        return self.rows(self.of_class)
+
+    def rows(self, which: slice | torch.Tensor) -> Batch:
+        """Some of its pictures: a part, or those of a mask (P,)."""
+        places = torch.arange(len(self.chosen))[which]
+        return Batch(
+            [self.chosen[place] for place in places.tolist()],
+            *(each[which] for each in (self.latents, self.noise, self.timesteps, self.shares, self.of_class)),
+        )
 
 
 def batches_of_step(material: Material, stage: int, step: int) -> list[Batch]:
@@ -206,10 +218,17 @@ def _batch(
         offset = randomness.noise((*shape[:2], 1, 1), plan.seed, stage, step, f"{prefix}offset")
         noise = noise + plan.offset_noise * offset
     latents = material.objective.latents(mean, std, within)
-    return Batch(chosen, latents, noise, timesteps, torch.tensor(shares))
+    of_class = torch.tensor([index >= material.subjects for index in chosen])
+    return Batch(chosen, latents, noise, timesteps, torch.tensor(shares), of_class)
 
 
-def losses(material: Material, denoiser: Any, batch: Batch, condition: Mapping[str, Any]) -> torch.Tensor:
+Answer = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""(class pictures, their latents with noise) → what they are kept to, of the latents' shape."""
+
+
+def losses(
+    material: Material, denoiser: Any, batch: Batch, condition: Mapping[str, Any], answer: Answer | None = None
+) -> torch.Tensor:
     """The weighted loss of each picture of a batch, (P,), float32, with gradients.
 
     Args:
@@ -217,11 +236,20 @@ def losses(material: Material, denoiser: Any, batch: Batch, condition: Mapping[s
         denoiser: predicts.
         batch: the pictures.
         condition: what the denoiser is told of them.
+        answer: the target of class pictures; None: as for all others.
     """
     objective, device = material.objective, material.device
     latents, noise, timesteps = (each.to(device) for each in (batch.latents, batch.noise, batch.timesteps))
-    predicted = objective.predict(denoiser, objective.noisy(latents, noise, timesteps), timesteps, condition)
+    noisy = objective.noisy(latents, noise, timesteps)
     target = objective.target(latents, noise, timesteps)
-    found = functional.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     weights = objective.weights(timesteps, material.plan.min_snr)
+    if answer and bool(batch.of_class.any()):
+        of_class = batch.of_class.to(device)
+        target = target.masked_scatter(
+            of_class.view(-1, 1, 1, 1), answer(batch.of_classes(), noisy[of_class]).to(target)
+        )
+        # An answer has no noise in it, and the finest details are to be kept as well.
+        weights = None if weights is None else weights.masked_fill(of_class, 1.0)
+    predicted = objective.predict(denoiser, noisy, timesteps, condition)
+    found = functional.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return found if weights is None else found * weights

@@ -35,6 +35,8 @@ class Plan:
         checkpoint_steps, checkpoint_seconds: one of the two is None.
         sample_every: steps of stage 2 between samples; 0 for none at all.
         prior_images, prior_weight: class pictures that train along, and what their loss counts; 0 for none.
+        prior_caption_dropout: how often a class picture has no words.
+        prior_target: what class pictures are kept to: themselves, or what the base predicts for them.
         miniature: whether the base is a built-in miniature.
         buckets: whether pictures keep about the aspect that they have.
         lora_rank, lora_alpha: of an adapter's factors; it counts alpha / rank.
@@ -74,6 +76,8 @@ class Plan:
     prompts: tuple[str, ...]
     prior_images: int = 0
     prior_weight: float = 1.0
+    prior_caption_dropout: float = 0.0
+    prior_target: Literal["picture", "base"] = "picture"
     miniature: bool = False
     buckets: bool = False
     lora_rank: int = 16
@@ -103,6 +107,11 @@ class Plan:
     def pictures_a_step(self) -> int:
         """Those of the subject, and as many class pictures."""
         return self.batch_size * (2 if self.prior_images else 1)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the base is asked what class pictures shall stay."""
+        return bool(self.prior_images) and self.prior_target == "base"
 
     @property
     def means(self) -> Means:

@@ -32,7 +32,7 @@ def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, devices: Sequence[str])
     size = memory.bytes_named(spec.memory) or card
     if not size:
         return plan
-    load = _load_of(plan, base, len(devices))
+    load = load_of(plan, base, len(devices))
     available = usable_optimizers()
     means = memory.choose(load, wanted, available, size)
     if means is None:
@@ -50,7 +50,7 @@ def fitted(plan: Plan, spec: TrainSpec, base: BaseModel, devices: Sequence[str])
     return plan.with_means(means)
 
 
-def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
+def load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
     """What the stage of the run that takes most asks of memory."""
     counts = base.parameters()
     denoiser = counts[base.training.denoiser]
@@ -62,6 +62,8 @@ def _load_of(plan: Plan, base: BaseModel, devices: int) -> Load:
         trained, frozen = denoiser + encoders, 0
     else:
         trained, frozen = denoiser, 0  # the text encoders' stage, with the denoiser frozen, takes less
+    if plan.has_teacher and not plan.is_adapter:
+        frozen += denoiser
     return Load(
         family=plan.family,
         trained=trained,

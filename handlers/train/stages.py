@@ -29,6 +29,7 @@ from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
 from handlers.train.recorder import Notes
 from handlers.train.speaking import speak
+from handlers.train.teacher import Teacher, beneath, beside
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, adapted_layers
 from handlers.train.wording import Wording
 
@@ -91,21 +92,22 @@ class Trainer:
             Refusal: the training diverged.
         """
         plan = self._plan
+        before = self._before(found)
         if plan.is_one_stage:
-            self._together(found, recorder)
+            self._together(found, recorder, before)
             return
         done = found.step if found else 0
         if done < plan.text_encoder_steps:
-            self._stage_1(found, recorder)
+            self._stage_1(found, recorder, before)
             recorder.save(plan.text_encoder_steps, 2, self._finished_parts())
             found, done = None, plan.text_encoder_steps
             recorder.stop_if_wished()
         elif found and plan.text_encoder_steps:
             for name, encoder in self._encoders.items():
                 encoder.load_state_dict(found.load(name))
-        self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
+        self._stage_2(found if done > plan.text_encoder_steps else None, recorder, before)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -120,11 +122,12 @@ class Trainer:
             self.denoiser,
             trained,
             lambda step, chosen: self._condition_anew(1, step, chosen),
+            self._teacher(1, before),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
         plan = self._plan
         embedded = self._embed_all()
         self.denoiser = self._base.load_denoiser()
@@ -137,11 +140,12 @@ class Trainer:
             {self._family.denoiser: Rate(plan.unet_rate, plan.unet_steps)},
             self.denoiser,
             {self._family.denoiser: Whole(self.denoiser)},
-            lambda step, chosen: self._condition(embedded, step, chosen),
+            lambda step, chosen: self._condition(2, embedded, step, chosen),
+            self._teacher(2, before or embedded),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         # Text encoders that stay as they are speak before the denoiser takes their place.
@@ -162,8 +166,11 @@ class Trainer:
             self.denoiser,
             trained,
             lambda step, chosen: (
-                self._condition_anew(2, step, chosen) if embedded is None else self._condition(embedded, step, chosen)
+                self._condition_anew(2, step, chosen)
+                if embedded is None
+                else self._condition(2, embedded, step, chosen)
             ),
+            self._teacher(2, before or embedded),
         )
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
@@ -191,9 +198,9 @@ class Trainer:
             adapter.begin(self._start[name])
         return adapter
 
-    def _condition(self, embedded: Embedded, step: int, chosen: list[int]) -> dict[str, Any]:
-        """What the denoiser is told in stage 2, by text encoders that have spoken."""
-        rows = self._words.of(2, step, chosen)
+    def _condition(self, stage: int, embedded: Embedded, step: int, chosen: list[int]) -> dict[str, Any]:
+        """What the denoiser is told by text encoders that have spoken."""
+        rows = self._words.of(stage, step, chosen)
         return self._family.condition(embedded.of(rows), self._sizes[chosen])
 
     def _condition_anew(self, stage: int, step: int, chosen: list[int]) -> dict[str, Any]:
@@ -278,6 +285,21 @@ class Trainer:
                 setattr(self._pipeline, name, None)  # all is said, and the denoiser needs their room
             self._encoders.clear()
         return joined(parts[: len(self._words.texts)])
+
+    def _before(self, found: Checkpoint | None) -> Embedded | None:
+        """All prompts, from the base's text encoders; None where nobody asks for them, or they stay as they are."""
+        if not self._plan.has_teacher or not self._changes_encoders(found):
+            return None
+        return joined(speak(self._family, self._pipeline, self._words.texts, self._device, self._told))
+
+    def _teacher(self, stage: int, before: Embedded | None) -> Teacher | None:
+        """What class pictures are kept to in a stage, told what the base's text encoders said."""
+        if not self._plan.has_teacher or before is None:
+            return None
+        denoiser, as_before = (
+            beneath(self.denoiser) if self._plan.is_adapter else beside(self._base, self._plan, self._device)
+        )
+        return Teacher(denoiser, as_before, lambda step, chosen: self._condition(stage, before, step, chosen))
 
     def _finished_parts(self) -> dict[str, Tensors]:
         if not self._plan.text_encoder_steps:

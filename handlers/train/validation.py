@@ -73,5 +73,5 @@ def _batches(material: Material, held_out: range) -> list[Batch]:
         noise = randomness.noise(shape, seed, 0, number, "validation noise")
         latents = objective.latents(mean, std, within)
         share = torch.tensor([1.0 / len(pairs)])
-        batches.append(Batch([index], latents, noise, timesteps[number : number + 1], share))
+        batches.append(Batch([index], latents, noise, timesteps[number : number + 1], share, torch.tensor([False])))
     return batches

@@ -41,8 +41,9 @@ class Wording:
         texts: all prompts.
         of_picture: picture → indices of its prompts among ``texts``.
         empty: the index of the empty prompt.
-        subjects: so many pictures are of the subject; class pictures keep their words.
-        dropout: how often a picture is trained without words, from 0 to 1.
+        subjects, class_pictures: how many come first, and after them; what follows is held out and keeps its words.
+        dropout: how often a picture of the subject is trained without words, from 0 to 1.
+        class_dropout: the same of a class picture.
         seed: the run's.
     """
 
@@ -50,7 +51,9 @@ class Wording:
     of_picture: Sequence[Sequence[int]]
     empty: int
     subjects: int
+    class_pictures: int
     dropout: float
+    class_dropout: float
     seed: int
 
     def of(self, stage: int, step: int, pictures: Sequence[int]) -> list[int]:
@@ -65,21 +68,38 @@ class Wording:
 
     def _one(self, stage: int, step: int, picture: int) -> int:
         known = self.of_picture[picture]
-        if picture >= self.subjects or (not self.dropout and len(known) == 1):
+        dropout = self._dropout_of(picture)
+        if not dropout and len(known) == 1:
             return known[0]
         random = randomness.generator(self.seed, stage, step, f"words of {picture}")
         left_out, turn = torch.rand(2, generator=random).tolist()
-        return self.empty if left_out < self.dropout else known[min(int(turn * len(known)), len(known) - 1)]
+        return self.empty if left_out < dropout else known[min(int(turn * len(known)), len(known) - 1)]
+
+    def _dropout_of(self, picture: int) -> float:
+        if picture < self.subjects:
+            return self.dropout
+        return self.class_dropout if picture < self.subjects + self.class_pictures else 0.0
 
 
-def wording(prompts: Sequence[str], subjects: int, *, dropout: float, shuffle: bool, seed: int) -> Wording:
+def wording(
+    prompts: Sequence[str],
+    subjects: int,
+    class_pictures: int,
+    *,
+    dropout: float,
+    class_dropout: float,
+    shuffle: bool,
+    seed: int,
+) -> Wording:
     """What the pictures of a run can be told.
 
     Args:
-        prompts: one a picture, those of class pictures last.
-        subjects: how many are of the subject.
-        dropout: how often a picture is trained without words, from 0 to 1.
-        shuffle: whether the parts of its prompt change places.
+        prompts: one a picture.
+        subjects: so many pictures come first.
+        class_pictures: so many come after them; what follows is held out.
+        dropout: how often a picture of the subject is trained without words, from 0 to 1.
+        class_dropout: the same of a class picture.
+        shuffle: whether the parts of the subject's prompts change places.
         seed: the run's.
     """
     said = [
@@ -87,8 +107,8 @@ def wording(prompts: Sequence[str], subjects: int, *, dropout: float, shuffle: b
         for picture, prompt in enumerate(prompts)
     ]
     texts = list(dict.fromkeys(text for each in said for text in each))
-    if dropout:
+    if dropout or class_dropout:
         texts = list(dict.fromkeys([*texts, ""]))
     places = {text: index for index, text in enumerate(texts)}
     of_picture = [[places[text] for text in each] for each in said]
-    return Wording(texts, of_picture, places.get("", 0), subjects, dropout, seed)
+    return Wording(texts, of_picture, places.get("", 0), subjects, class_pictures, dropout, class_dropout, seed)

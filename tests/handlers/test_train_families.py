@@ -53,6 +53,24 @@ def test_sdxl_is_told_what_diffusers_tells_it(cache: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_without_words_sdxl_is_told_what_diffusers_leads_away_from(cache: Path) -> None:
+    """Zeros, where the base says so: else a lesson without words would teach what no picture is drawn with."""
+    base = find_base("miniature-sdxl", None, cache)
+    pipeline = base.load_pipeline()
+    folder = miniature.ensure("miniature-sdxl", cache)
+    whole = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    assert pipeline.config.force_zeros_for_empty_prompt
+    for zeros in (True, False):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        whole.register_to_config(force_zeros_for_empty_prompt=zeros)
+        with torch.no_grad():
+            embedded = base.training.embed(pipeline, base.training.tokens(pipeline, [PROMPTS[0], ""]))
+            hidden, without, pooled, pooled_without = whole.encode_prompt(PROMPTS[0], device="cpu")
+        torch.testing.assert_close(embedded.hidden, torch.cat([hidden, without]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedded.pooled, torch.cat([pooled, pooled_without]), rtol=1e-5, atol=1e-5)
+        assert bool(embedded.hidden[1].any()) is not zeros
+
+
 def test_some_of_the_prompts_are_those_prompts(cache: Path) -> None:
     base = find_base("miniature-sdxl", None, cache)
     pipeline = base.load_pipeline()

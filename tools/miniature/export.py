@@ -43,7 +43,10 @@ def second_family(state: Path, target: Path) -> None:
 def third_family(state: Path, target: Path) -> None:
     """The UNet and the second text encoder in the structure of SDXL; the rest is the first family's."""
     second = sdxl.text_encoder_2()
-    second.load_state_dict(_text_weights(state / "text-2.pt"))
+    if (state / "text-2.pt").is_file():
+        second.load_state_dict(_text_weights(state / "text-2.pt"))
+    else:
+        training.load_shipped(second, "miniature-sdxl", "text_encoder_2")
     made = sdxl.pipeline(unet=_unet(state / "unet-sdxl.pt", sdxl.unet()), text_encoder_2=second)
     _replace(target, lambda: sdxl.save(made, target, torch.float16))
     _leave_to_lender(target)

@@ -61,7 +61,8 @@ class Family:
         unet, scheduler: make the parts.
         tell: the first text encoder's weights, options, prompts → what its UNet is told.
         scaling_factor: its VAE's; all families share the first one's VAE weights.
-        nameless: whether it learns outlines without a name as well; the small ones have enough to do with the eight.
+        nameless: whether it learns outlines without a name from the start; the small ones have enough to do with the
+            eight, and learn them when they learn on.
     """
 
     state: str
@@ -84,15 +85,19 @@ def _told_second(first: CLIPTextModel, _: argparse.Namespace, prompts: list[str]
 
 def _told_both(first: CLIPTextModel, options: argparse.Namespace, prompts: list[str], device: torch.device) -> Told:
     ids = texts.token_ids(sdxl.tokenizer_2(), prompts)
-    second = texts.train_text(
-        options.state / "text-2.pt",
-        options.text_minutes,
-        make=sdxl.text_encoder_2,
-        read=texts.read_second,
-        ids=ids[:-1],
-        said=prompts[:-1],
-        device=device,
-    )
+    if options.from_shipped:
+        second = sdxl.text_encoder_2().eval().to(device)
+        training.load_shipped(second, "miniature-sdxl", "text_encoder_2")
+    else:
+        second = texts.train_text(
+            options.state / "text-2.pt",
+            options.text_minutes,
+            make=sdxl.text_encoder_2,
+            read=texts.read_second,
+            ids=ids[:-1],
+            said=prompts[:-1],
+            device=device,
+        )
     first_ids = texts.token_ids(drawing.tokenizer(), prompts)
     return texts.joined(
         texts.encode_prompts(first.to(device), texts.read_last_but_one, first_ids),
@@ -186,11 +191,13 @@ def train_unet(
 
 
 def text_encoder(options: argparse.Namespace, prompts: list[str], device: torch.device) -> CLIPTextModel:
-    """The first family's, trained here or taken from the package."""
+    """The first family's, trained here or taken from the package; it learns on with its own UNet alone."""
     former = None
     if options.from_shipped:
         former = drawing.text_encoder().eval()
         training.load_shipped(former, "miniature", "text_encoder")
+        if options.family != "miniature":
+            return former
     return texts.train_text(
         options.state / "text.pt",
         options.text_minutes,
@@ -240,7 +247,11 @@ def main() -> None:
         told=told,
         where=place_weights(pictures),
         among=torch.tensor(
-            [index for index, scene in enumerate(pictures.scenes) if family.nameless or not scene.things[0].outline]
+            [
+                index
+                for index, scene in enumerate(pictures.scenes)
+                if family.nameless or learns_on or not scene.things[0].outline
+            ]
         ),
         rate=GENTLY if learns_on else 1.0,
         colours_first=0.0 if learns_on else COLOURS_FIRST,

@@ -53,7 +53,16 @@ class StableDiffusionXL(WithUNet):
         first = pipeline.text_encoder(tokens["text_encoder"], output_hidden_states=True)
         second = pipeline.text_encoder_2(tokens["text_encoder_2"], output_hidden_states=True)
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return Embedded(hidden, second.text_embeds)
+        if not pipeline.config.force_zeros_for_empty_prompt:
+            return Embedded(hidden, second.text_embeds)
+        # Without words SDXL is told zeros, not what its encoders say of no words: so it was trained, and so it draws.
+        worded = self._worded(pipeline, tokens).to(hidden)
+        return Embedded(hidden * worded[:, None, None], second.text_embeds * worded[:, None])
+
+    def _worded(self, pipeline: Any, tokens: Tokens) -> torch.Tensor:
+        """Whether there are words, (prompts,)."""
+        empty = self.tokens(pipeline, [""])["text_encoder"].to(tokens["text_encoder"].device)
+        return (tokens["text_encoder"] != empty).any(dim=-1)
 
     def condition(self, embedded: Embedded, sizes: torch.Tensor) -> dict[str, Any]:
         """Hidden states, and what is added to the time step."""
