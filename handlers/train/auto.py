@@ -46,14 +46,19 @@ _ANCESTOR_TEXT = Amount(35, 200, 450, 1e-6)
 _NO_TEXT = Amount(0, 0, 0, 1e-6)
 _ADAPTER = Amount(150, 750, 3000, 1e-4)
 _ADAPTER_NO_TEXT = Amount(0, 0, 0, 1e-4)
-_MINIATURE = Amount(76, 250, 600, 1e-3)
-# Gentler and longer than all of a miniature, and the text encoder left alone: of 50 stars 78 instead of 40 in 100 were
-# right, and fewer old shapes were lost.
-_MINIATURE_ADAPTER = Amount(120, 400, 900, 2e-3)
+_MINIATURE = Amount(60, 200, 500, 1e-3)
+# With the text encoder left alone: trained along, it lost more of the old shapes and learned fewer stars.
+_MINIATURE_ADAPTER = Amount(90, 300, 700, 4e-3)
+# The miniatures of SD 2 and SDXL have a third of the first one's numbers: they need longer, and are that much faster.
+_SMALL_MINIATURE = Amount(160, 500, 1200, 1e-3)
+_SMALL_MINIATURE_ADAPTER = Amount(160, 500, 1200, 4e-3)
 _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
     ("miniature", "dreambooth", None, Amount(16, 40, 100, 5e-4), _MINIATURE),
-    ("miniature", "finetune", None, Amount(76, 250, 600, 5e-4), _MINIATURE),
-    ("miniature", "adapter", None, Amount(0, 0, 0, 2e-3), _MINIATURE_ADAPTER),
+    ("miniature", "finetune", None, Amount(60, 200, 500, 5e-4), _MINIATURE),
+    ("miniature", "adapter", None, Amount(0, 0, 0, 4e-3), _MINIATURE_ADAPTER),
+    ("small miniature", "dreambooth", None, Amount(16, 40, 100, 5e-4), _SMALL_MINIATURE),
+    ("small miniature", "finetune", None, Amount(160, 500, 1200, 5e-4), _SMALL_MINIATURE),
+    ("small miniature", "adapter", None, Amount(0, 0, 0, 4e-3), _SMALL_MINIATURE_ADAPTER),
     ("sd1", "dreambooth", None, _ANCESTOR_TEXT, _ANCESTOR),
     ("sd1", "finetune", None, _ANCESTOR_TEXT, _ANCESTOR),
     ("sd1", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
@@ -66,7 +71,7 @@ _TABLE: tuple[tuple[str, str, str | None, Amount, Amount], ...] = (
     ("flux", "adapter", None, _ADAPTER_NO_TEXT, _ADAPTER),
 )
 # Pictures a step. A miniature's step of 6 costs little more than one of 1, and its lessons are short.
-_BATCH_SIZE = {("miniature", "whole"): 6, ("miniature", "adapter"): 8}
+_BATCH_SIZE = {"miniature": 6}
 # γ of min-SNR where train.yaml names none. Uniform weights spend a miniature's short lesson on the last traces of
 # noise, where shapes are long settled: of 100 pictures 47 showed the new shape without it, 73 with it.
 _MIN_SNR = {"miniature": 1.0}
@@ -106,7 +111,7 @@ class Base:
 
     @property
     def size_class(self) -> str:
-        """The row of the table: ``miniature``, or the family."""
+        """``miniature``, or the family."""
         return "miniature" if self.miniature else self.family
 
 
@@ -155,7 +160,7 @@ def make_plan(
         train_unet_in_stage_1=spec.text_encoder.unet == "trained",
         unet_steps=unet_steps,
         unet_rate=_rate(spec, spec.unet.learning_rate, unet),
-        batch_size=_batch_size(base, method) if spec.batch_size == "auto" else spec.batch_size,
+        batch_size=_BATCH_SIZE.get(base.size_class, 1) if spec.batch_size == "auto" else spec.batch_size,
         schedule=spec.schedule,
         precision=precision if spec.precision == "auto" else spec.precision,
         seed=spec.seed,
@@ -205,8 +210,9 @@ def _offset_noise(base: Base, concept: str) -> float:
 
 def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:
     method = "adapter" if method in ADAPTERS else method
-    for size_class, its_method, its_concept, text_encoder, unet in _TABLE:
-        if (size_class, its_method) == (base.size_class, method) and its_concept in (None, concept):
+    row = "small miniature" if base.miniature and base.family != "sd1" else base.size_class
+    for its_row, its_method, its_concept, text_encoder, unet in _TABLE:
+        if (its_row, its_method) == (row, method) and its_concept in (None, concept):
             return text_encoder, unet
     raise Refusal("spec", f"{method} on {base.name} comes with a later version of fastsd.", "Use dreambooth.")
 
@@ -229,10 +235,6 @@ def _prior_target(spec: TrainSpec, base: Base) -> Literal["picture", "base"]:
 
 def _has_prior(spec: TrainSpec) -> bool:
     return bool(spec.prior.images and spec.prior.weight)
-
-
-def _batch_size(base: Base, method: str) -> int:
-    return _BATCH_SIZE.get((base.size_class, "adapter" if method in ADAPTERS else "whole"), 1)
 
 
 def _rate(spec: TrainSpec, written: float | str, amount: Amount) -> float:

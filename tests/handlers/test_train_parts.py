@@ -70,6 +70,16 @@ def test_a_resolution_that_the_base_cannot_do(text: str, base: Base) -> None:
         plan_of(text, base)
 
 
+@pytest.mark.parametrize("method", ["dreambooth", "finetune", "lora", "dora"])
+def test_a_small_miniature_learns_longer_than_the_first_one(method: str) -> None:
+    first = plan_of(f"method: {method}\n", MINIATURE)
+    for family in ("sd2", "sdxl"):
+        small = plan_of(f"method: {method}\n", Base(f"miniature-{family}", family, 64, miniature=True))
+        assert small.unet_steps > first.unet_steps
+        assert small.text_encoder_steps >= first.text_encoder_steps
+        assert (small.batch_size, small.min_snr) == (first.batch_size, first.min_snr)
+
+
 def test_a_plan_crosses_a_process_border() -> None:
     plan = plan_of("prompts: [a, b]\nmin_snr: 5\ncheckpoint_every: 7\n", MINIATURE)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -19,7 +19,7 @@ from PIL import Image
 from handlers.context import JobContext
 from handlers.models import miniature
 from handlers.models.miniature import demo
-from handlers.models.miniature.exam import Exam, loaded
+from handlers.models.miniature.exam import Exam, Marks, loaded
 from handlers.train.job import TrainHandler
 from sessions import files
 from sessions.spec import parse_spec
@@ -66,26 +66,41 @@ def lesson(folder: Path, cache: Path, spec: str = SPEC) -> tuple[Path, float]:
     return Path(result.facts["finished"]), time.monotonic() - began
 
 
-def main() -> None:
-    """One JSON object."""
-    parser = argparse.ArgumentParser(description="Teach the miniature a star, and count.")
-    parser.add_argument("--spec", default=SPEC, help="the train.yaml; \\n begins a line")
-    parser.add_argument("--count", type=int, default=50, help="stars; old shapes are twice as many")
-    parser.add_argument("--cache", type=Path, help="folder of the unfolded miniatures")
-    parser.add_argument("--sheet", type=Path, help="write the stars here")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def taught(spec: str, cache: Path, exam: Exam) -> tuple[Marks, Marks, float, list[Image.Image]]:
+    """Marks of base and finished model, the seconds of the lesson, and the finished model's stars.
+
+    Args:
+        spec: the train.yaml.
+        cache: of the unfolded miniatures.
+        exam: what both draw.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        cache = options.cache or Path(temporary) / "cache"
-        spec = options.spec.replace("\\n", "\n")
-        taught, seconds = lesson(Path(temporary), cache, spec)
-        exam = Exam(options.count, 2 * options.count)
+        finished, seconds = lesson(Path(temporary), cache, spec)
         base = miniature.ensure(parse_spec(spec).base, cache)
         before, _ = exam.take(loaded(base))
-        after, stars = exam.take(loaded(taught, base))
-    if options.sheet:
-        write_sheet(stars, options.sheet, columns=10)
-    print(json.dumps({"before": asdict(before), "after": asdict(after), "seconds": round(seconds, 1)}, indent=2))
+        after, stars = exam.take(loaded(finished, base))
+    return before, after, seconds, stars
+
+
+def main() -> None:
+    """A JSON object a lesson."""
+    parser = argparse.ArgumentParser(description="Teach the miniature a star, and count.")
+    parser.add_argument("--spec", default=SPEC, help="the train.yaml; \\n begins a line")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="a lesson for each")
+    parser.add_argument("--count", type=int, default=50, help="stars; old shapes are twice as many")
+    parser.add_argument("--cache", type=Path, help="folder of the unfolded miniatures")
+    parser.add_argument("--sheet", type=Path, help="write the last lesson's stars here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    exam = Exam(options.count, 2 * options.count)
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in options.seeds:
+            spec = options.spec.replace("\\n", "\n").rstrip("\n") + f"\nseed: {seed}\n"
+            before, after, seconds, stars = taught(spec, options.cache or Path(temporary), exam)
+            told = {"seed": seed, "before": asdict(before), "after": asdict(after), "seconds": round(seconds, 1)}
+            print(json.dumps(told), flush=True)
+            if options.sheet:
+                write_sheet(stars, options.sheet, columns=10)
 
 
 if __name__ == "__main__":
