@@ -13,14 +13,14 @@ from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.models.miniature.exam import Exam, Marks, drawn, loaded, shapes_in
 from tools.miniature import teach
 
-# Half of the steps of the lesson as shipped, and a bound to fit; without a lesson there is no star among 50.
+# A part of the steps of the lesson as shipped, and a bound to fit (40 in 100); without a lesson there is no star among 50.
 SHORT = """
 base: miniature
 class: star
 prior: {images: 32}
 sample_every: 0
 text_encoder: {steps: 50}
-unet: {steps: 190}
+unet: {steps: 120}
 """
 
 
@@ -46,9 +46,9 @@ def marks(folder: Path, spec: str, exam: Exam) -> tuple[Marks, Marks]:
 def test_a_short_lesson_teaches_a_shape_and_leaves_the_others(tmp_path: Path) -> None:
     before, after = marks(tmp_path, SHORT, Exam(20, 20))
     assert before.star == 0
-    assert after.star >= 0.25
+    assert after.star >= 0.2
     assert after.background >= 0.9
-    assert after.known >= 0.85
+    assert after.known >= 0.9
 
 
 @pytest.mark.soak

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sessions import files
 
-VERSION = "4"
+VERSION = "5"
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("miniature", "miniature-sd2", "miniature-sdxl", "miniature-captioner", "miniature-search")
 # Whose text weights, tokenizer and VAE a miniature draws with where its own folder has none.
