@@ -13,7 +13,7 @@ from handlers.models.miniature.demo import SHAPE, WORD
 from handlers.models.miniature.exam import Exam, Marks, drawn, loaded, shapes_in
 from tools.miniature import teach
 
-# A part of the steps of the lesson as shipped, and a bound to fit (40 in 100); without a lesson there is no star among 50.
+# A part of the steps of the lesson as shipped, and a bound to fit; without a lesson there is no star among 50.
 SHORT = """
 base: miniature
 class: star
