@@ -101,6 +101,7 @@ def test_killed_at_the_border_of_the_stages(
     assert finished(session) == undisturbed
 
 
+@pytest.mark.soak
 def test_killed_with_buckets(server: ForkServerContext, cache: Path, tmp_path: Path) -> None:
     """The order of the shapes is a function of the step: killed in both stages, its latents lost, the same bytes."""
     spec = SPEC + "buckets: true\nbatch_size: 2\n"
@@ -152,7 +153,9 @@ def test_renamed_while_it_trains_and_stopped(cache: Path, tmp_path: Path, undist
     assert len(steps) == heard
 
 
-@pytest.mark.parametrize("method", ["finetune", "lora", pytest.param("dora", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("finetune", marks=pytest.mark.soak), pytest.param("dora", marks=pytest.mark.soak)]
+)
 def test_methods_of_one_stage_end_the_same_when_killed(
     method: str, server: ForkServerContext, cache: Path, tmp_path: Path
 ) -> None:
@@ -167,14 +170,8 @@ def test_methods_of_one_stage_end_the_same_when_killed(
     assert finished(killed) == finished(whole)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "prodigy",
-        pytest.param("adamw8bit", marks=pytest.mark.soak),
-        pytest.param("adafactor", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("optimizer", ["prodigy", "adamw8bit", "adafactor"])
 def test_every_optimizer_and_the_average_end_the_same_when_killed(
     optimizer: str, server: ForkServerContext, cache: Path, tmp_path: Path
 ) -> None:
