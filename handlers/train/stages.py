@@ -79,6 +79,7 @@ class Trainer:
         self._words = words
         self._tokens = self._family.tokens(pipeline, words.texts)
         self._spoken: dict[str, Embedded] = {}
+        self._said_before: Embedded | None = None
 
     def train(self, found: Checkpoint | None, recorder: Notes) -> None:
         """Do what is left; then ``denoiser`` and the pipeline's text encoders are the result, or ``adapters``.
@@ -92,22 +93,22 @@ class Trainer:
             Refusal: the training diverged.
         """
         plan = self._plan
-        before = self._before(found)
+        self._said_before = self._speak_before(found)
         if plan.is_one_stage:
-            self._together(found, recorder, before)
+            self._together(found, recorder)
             return
         done = found.step if found else 0
         if done < plan.text_encoder_steps:
-            self._stage_1(found, recorder, before)
+            self._stage_1(found, recorder)
             recorder.save(plan.text_encoder_steps, 2, self._finished_parts())
             found, done = None, plan.text_encoder_steps
             recorder.stop_if_wished()
         elif found and plan.text_encoder_steps:
             for name, encoder in self._encoders.items():
                 encoder.load_state_dict(found.load(name))
-        self._stage_2(found if done > plan.text_encoder_steps else None, recorder, before)
+        self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
-    def _stage_1(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
+    def _stage_1(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
@@ -122,12 +123,12 @@ class Trainer:
             self.denoiser,
             trained,
             lambda step, chosen: self._condition_anew(1, step, chosen),
-            self._teacher(1, before),
+            self._teacher(1, None),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
         self.denoiser = None  # only the text encoder is kept
 
-    def _stage_2(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
+    def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
         embedded = self._embed_all()
         self.denoiser = self._base.load_denoiser()
@@ -141,11 +142,11 @@ class Trainer:
             self.denoiser,
             {self._family.denoiser: Whole(self.denoiser)},
             lambda step, chosen: self._condition(2, embedded, step, chosen),
-            self._teacher(2, before or embedded),
+            self._teacher(2, embedded),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
 
-    def _together(self, found: Checkpoint | None, recorder: Notes, before: Embedded | None) -> None:
+    def _together(self, found: Checkpoint | None, recorder: Notes) -> None:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         # Text encoders that stay as they are speak before the denoiser takes their place.
@@ -170,7 +171,7 @@ class Trainer:
                 if embedded is None
                 else self._condition(2, embedded, step, chosen)
             ),
-            self._teacher(2, before or embedded),
+            self._teacher(2, embedded),
         )
         self.adapters = {name: each for name, each in trained.items() if isinstance(each, Adapter)}
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
@@ -286,14 +287,20 @@ class Trainer:
             self._encoders.clear()
         return joined(parts[: len(self._words.texts)])
 
-    def _before(self, found: Checkpoint | None) -> Embedded | None:
+    def _speak_before(self, found: Checkpoint | None) -> Embedded | None:
         """All prompts, from the base's text encoders; None where nobody asks for them, or they stay as they are."""
         if not self._plan.has_teacher or not self._changes_encoders(found):
             return None
         return joined(speak(self._family, self._pipeline, self._words.texts, self._device, self._told))
 
-    def _teacher(self, stage: int, before: Embedded | None) -> Teacher | None:
-        """What class pictures are kept to in a stage, told what the base's text encoders said."""
+    def _teacher(self, stage: int, embedded: Embedded | None) -> Teacher | None:
+        """What class pictures are kept to in a stage, told what the base's text encoders said before they were trained.
+
+        Args:
+            stage: its number.
+            embedded: what they say now, where they are not trained.
+        """
+        before = self._said_before or embedded
         if not self._plan.has_teacher or before is None:
             return None
         denoiser, as_before = (

@@ -86,7 +86,7 @@ def main() -> None:
     """A JSON object a lesson."""
     parser = argparse.ArgumentParser(description="Teach the miniature a star, and count.")
     parser.add_argument("--spec", default=SPEC, help="the train.yaml; \\n begins a line")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="a lesson for each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="a lesson for each; --spec names none")
     parser.add_argument("--count", type=int, default=50, help="stars; old shapes are twice as many")
     parser.add_argument("--cache", type=Path, help="folder of the unfolded miniatures")
     parser.add_argument("--sheet", type=Path, help="write the last lesson's stars here")
