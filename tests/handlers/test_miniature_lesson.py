@@ -54,15 +54,18 @@ def test_a_short_lesson_teaches_a_shape_and_leaves_the_others(tmp_path: Path) ->
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "more",
-    ["", "seed: 8\n", "seed: 9\n", "method: finetune\n", "method: lora\n"],
-    ids=["two stages", "another seed", "a third seed", "finetune", "lora"],
+    ("base", "more"),
+    [
+        *[("miniature", more) for more in ("", "seed: 8\n", "seed: 9\n", "method: finetune\n", "method: lora\n")],
+        ("miniature-sd2", ""),
+        ("miniature-sdxl", ""),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_the_lesson_as_shipped(tmp_path: Path, more: str) -> None:
+def test_the_lesson_as_shipped(tmp_path: Path, base: str, more: str) -> None:
     """Of 100 pictures that ask for a star 80 show one, and of 200 of the old shapes no more than 5 in 100 are lost."""
-    before, after, _seconds, _stars = teach.taught(teach.SPEC + more, tmp_path / "cache", Exam(100, 200))
-    assert before.star <= 0.01
+    before, after, _seconds, _stars = teach.taught(teach.SPEC.replace("miniature", base) + more, tmp_path / "cache", Exam(100, 200))
+    assert before.star <= 0.05, "what the judge takes for one by chance"
     assert after.star >= 0.8
     assert round(before.known - after.known, 6) <= 0.05
 
