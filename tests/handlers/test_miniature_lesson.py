@@ -64,7 +64,8 @@ def test_a_short_lesson_teaches_a_shape_and_leaves_the_others(tmp_path: Path) ->
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_the_lesson_as_shipped(tmp_path: Path, base: str, more: str) -> None:
     """Of 100 pictures that ask for a star 80 show one, and of 200 of the old shapes no more than 5 in 100 are lost."""
-    before, after, _seconds, _stars = teach.taught(teach.SPEC.replace("miniature", base) + more, tmp_path / "cache", Exam(100, 200))
+    spec = teach.SPEC.replace("miniature", base) + more
+    before, after, _seconds, _stars = teach.taught(spec, tmp_path / "cache", Exam(100, 200))
     assert before.star <= 0.05, "what the judge takes for one by chance"
     assert after.star >= 0.8
     assert round(before.known - after.known, 6) <= 0.05
