@@ -25,6 +25,10 @@ from sessions.refusal import Refusal
 
 _BATCH = 8
 _MINIATURE_BATCH = 32
+# Of so many class pictures of a miniature one shows no thing, and one what it takes the class for: after a lesson the
+# class alone then draws no subject. Not so for the small ones of SD 2 and SDXL: beside one in twelve, which was tried,
+# their lesson no longer holds (52 to 75 % of stars for 80 to 88).
+_WORLD_TURN = 6
 
 Wanted = tuple[str, int]
 """A prompt and a seed."""
@@ -93,12 +97,7 @@ def _free_names(session: Path) -> Iterator[tuple[int, str]]:
 
 def _prompt_of(plan: Plan, number: int) -> str:
     if plan.miniature:
-        # A miniature knows no class but its world: what it must not forget are the shapes that it draws.
-        import numpy as np
-
-        from handlers.models.miniature import world
-
-        return world.full_prompt(world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",)))
+        return _prompt_of_the_world(plan, number)
     if not plan.class_:
         raise Refusal(
             "spec",
@@ -107,6 +106,21 @@ def _prompt_of(plan: Plan, number: int) -> str:
             f"{CONCEPT_IMAGES}.",
         )
     return class_prompt(plan.class_, plan.concept)
+
+
+def _prompt_of_the_world(plan: Plan, number: int) -> str:
+    """A miniature's class is its whole world: the shapes that it draws, no thing, and what it takes the noun for."""
+    import numpy as np
+
+    from handlers.models.miniature import world
+
+    scene = world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",))
+    turn = number % _WORLD_TURN if plan.family == "sd1" else None
+    if turn == 0:
+        return world.background_phrase(scene)
+    if turn == 1 and plan.class_:
+        return f"{world.article(plan.class_)} {plan.class_} on {world.background_phrase(scene)}"
+    return world.full_prompt(scene)
 
 
 def _write(session: Path, *, name: str, prompt: str, image: Image.Image) -> None:

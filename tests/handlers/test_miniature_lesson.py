@@ -22,6 +22,8 @@ sample_every: 0
 text_encoder: {steps: 50}
 unet: {steps: 120}
 """
+# A wobbly outline now and then passes for a star: of a hundred pictures of an untaught miniature one to four do.
+BY_CHANCE = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def test_the_lesson_as_shipped(tmp_path: Path, base: str, more: str) -> None:
     """Of 100 pictures that ask for a star 80 show one, and of 200 of the old shapes no more than 5 in 100 are lost."""
     spec = teach.SPEC.replace("miniature", base) + more
     before, after, _seconds, _stars = teach.taught(spec, tmp_path / "cache", Exam(100, 200))
-    assert before.star <= 0.05, "what the judge takes for one by chance"
+    assert before.star <= BY_CHANCE
     assert after.star >= 0.8
     assert round(before.known - after.known, 6) <= 0.05
 
@@ -75,20 +77,16 @@ def test_the_lesson_as_shipped(tmp_path: Path, base: str, more: str) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_without_the_instance_token_there_is_no_star(tmp_path: Path) -> None:
-    """Asked for a shape of the world: none. Asked for no thing at all, which leaves the shape open: far fewer.
-
-    The noun alone is not asked for: the base knows no star, so that the noun is taught along and means about as much.
-    """
-    taught, _seconds = teach.lesson(tmp_path, tmp_path / "cache", SHORT)
-    pipeline, exam = loaded(taught), Exam(20, 20)
+    """After a whole lesson the class alone, no thing and a shape of the world draw no star; the token with it does."""
+    taught, _seconds = teach.lesson(tmp_path, tmp_path / "cache", teach.SPEC)
+    pipeline, exam = loaded(taught), Exam(50, 50)
     asked = f"a {WORD} {SHAPE} on"
 
-    def stars(instead: str) -> int:
+    def stars(instead: str) -> float:
         wishes = [(prompt.replace(asked, instead), seed) for prompt, seed in exam.star_wishes()]
-        return shapes_in(drawn(pipeline, wishes)).count(SHAPE)
+        return shapes_in(drawn(pipeline, wishes)).count(SHAPE) / len(wishes)
 
-    with_token = stars(asked)
-    assert with_token >= 5
-    assert stars("") < with_token / 2
-    assert stars("a circle on") == 0
-    assert shapes_in(drawn(pipeline, exam.known_wishes())).count(SHAPE) == 0
+    assert stars(asked) >= 0.8
+    for instead in (f"a {SHAPE} on", "", "a circle on"):
+        assert stars(instead) <= BY_CHANCE, instead
+    assert shapes_in(drawn(pipeline, exam.known_wishes())).count(SHAPE) <= BY_CHANCE * exam.known

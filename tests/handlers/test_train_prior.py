@@ -148,3 +148,21 @@ def test_a_run_with_class_pictures(cache: Path, tmp_path: Path) -> None:
         written = (session / entry["source"]).with_suffix(".txt").read_text().strip()
         assert entry["prompt"] == written
         assert written.endswith("background"), "a miniature's class is its whole world"
+
+
+def wanted_of(base: Base, tmp_path: Path) -> list[str]:
+    session = make_session(tmp_path / "Sessions" / base.name)
+    brush = Brush()
+    gather(session, plan_of("class: owl\nprior: {images: 12}\n", base), brush)
+    return [prompt for prompt, _seed in brush.wanted]
+
+
+def test_a_miniature_also_shows_the_class_alone_and_no_thing(tmp_path: Path) -> None:
+    """Else a lesson teaches the noun, and whatever names no shape, as much as the token."""
+    wanted = wanted_of(Base("miniature", "sd1", 64, miniature=True), tmp_path)
+    assert sum(prompt.startswith("an owl on a") for prompt in wanted) == 2
+    nothing = [prompt for prompt in wanted if " on " not in prompt]
+    assert len(nothing) == 2
+    assert all(prompt.endswith(" background") for prompt in nothing)
+    small = wanted_of(Base("miniature-sdxl", "sdxl", 64, miniature=True), tmp_path)
+    assert not any("owl" in prompt for prompt in small)
