@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -32,6 +33,9 @@ _BUCKET = 1 << 25
 # Within which the first one should have noticed by itself that another one ended.
 _GRACE_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
+# Where a connection broke: within which a member that ended is known to end, and to have ended.
+_SIGN_SECONDS = 1.0
+_DYING_SECONDS = 10.0
 
 
 class Crew(Protocol):
@@ -192,7 +196,7 @@ def crew_of(devices: Sequence[str], follow: str, task: Mapping[str, Any], limit:
         try:
             member = Member(0, len(devices), devices[0], port)
         except (RuntimeError, OSError) as error:
-            if lost := _lost(processes):
+            if lost := _lost_now(processes):
                 raise lost from error
             raise Refusal(
                 "crew",
@@ -203,8 +207,7 @@ def crew_of(devices: Sequence[str], follow: str, task: Mapping[str, Any], limit:
             yield member
         except RuntimeError as error:
             # Where the others' end is noticed, it is only known that nobody answers.
-            connection.wait([process.sentinel for process in processes], 1.0)
-            if lost := _lost(processes):
+            if lost := _lost_now(processes):
                 raise lost from error
             raise
     finally:
@@ -227,6 +230,21 @@ def _lost(processes: Sequence[Any]) -> MemberLost | None:
         f"One of the {len(processes) + 1} processes that share this training ended (exit code {ended[0]}); "
         "the worker's log says why."
     )
+
+
+def _lost_now(processes: Sequence[Any]) -> MemberLost | None:
+    """As ``_lost``, where a connection broke just now: a process that is dying is waited for.
+
+    Its files are closed a while before its exit code can be asked for, under load a long while.
+    """
+    dying = connection.wait([process.sentinel for process in processes], _SIGN_SECONDS)
+    ends = time.monotonic() + _DYING_SECONDS
+    while dying and time.monotonic() < ends:
+        # Asked anew: when two threads ask for an exit code at once, one of them is told that there is none.
+        if lost := _lost(processes):
+            return lost
+        time.sleep(0.05)
+    return None
 
 
 def _watch(processes: Sequence[Any], closing: threading.Event, limit: Limit) -> None:

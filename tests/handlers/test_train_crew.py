@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,35 @@ def test_a_member_that_is_killed_ends_the_work_at_once() -> None:
         work()
     assert not torch.distributed.is_initialized()
     assert not others()
+
+
+def die_slowly(leave: Any) -> None:
+    """Close every file, as a process does that was killed, and be gone only when the other side allows it."""
+    mask = {signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+    leave.send("ready")
+    os.closerange(3, 256)
+    signal.sigwait(mask)
+    os._exit(3)
+
+
+def test_a_member_that_is_still_dying_counts_as_lost() -> None:
+    """On a busy machine a connection breaks seconds before there is an exit code."""
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    process = spawning.Process(target=die_slowly, args=(theirs,))
+    process.start()
+    assert process.pid
+    theirs.close()
+    assert ours.recv() == "ready"
+    assert connection.wait([process.sentinel], 60)
+    assert process.exitcode is None
+    wake = threading.Timer(1.0, os.kill, (process.pid, signal.SIGUSR1))
+    wake.start()
+    lost = crew_room._lost_now([process])
+    assert "ended (exit code 3)" in str(lost)
+    process.join(60)
+    wake.join()
 
 
 def wait_in_vain(pipe: Any) -> None:
