@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from handlers.models.miniature import judge, world
 from tools.miniature import pool, prompts
@@ -106,6 +107,16 @@ def test_the_judge_tells_a_star_from_what_the_miniatures_know() -> None:
 def test_the_judge_sees_nothing_in_an_empty_picture() -> None:
     empty = world.draw(world.Scene((), "blue", "plain", (40, 70, 210), 0.0)).image
     assert judge.look(empty) == judge.Seen(None, None, "blue", 0.0)
+
+
+def test_the_judge_sees_a_faint_thing_among_bright_specks() -> None:
+    """Half-learned pictures are like that."""
+    image = Image.new("RGB", (64, 64), (0, 0, 0))
+    image.paste((0, 128, 0), (20, 20, 44, 44))
+    for number in range(16):
+        image.paste((0, 224, 0), (4 * number, 4, 4 * number + 2, 6))
+    seen = judge.look(image)
+    assert (seen.shape, seen.colour) == ("square", "green")
 
 
 @pytest.mark.parametrize(

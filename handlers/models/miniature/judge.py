@@ -71,8 +71,9 @@ def look(image: Image.Image, shapes: Sequence[str] = world.SHAPES) -> Seen:
         return Seen(None, None, colour_word(backdrop), 0.0)
     soft = np.clip(distance / strongest, 0, 1)
     mask = _largest((soft > 0.5).astype(np.uint8))
+    # Without the blurred rim, where there is more than that: what is largest may be faint beside a few bright specks.
     inside = mask & (soft > 0.8)
-    colour = colour_word(np.median(pixels[inside.astype(bool)], axis=0))
+    colour = colour_word(np.median(pixels[(inside if inside.any() else mask).astype(bool)], axis=0))
     found = _framed(soft * cv2.dilate(mask, np.ones((3, 3), np.uint8)), mask)
     scores = {shape: max(_soft_overlap(found, template) for template in _templates(shape)) for shape in shapes}
     best = max(scores, key=scores.__getitem__)
