@@ -27,7 +27,7 @@ _BATCH = 8
 _MINIATURE_BATCH = 32
 # Of so many class pictures of a miniature one shows no thing, and one what it takes the class for: after a lesson the
 # class alone then draws no subject. Not so for the small ones of SD 2 and SDXL: beside one in twelve, which was tried,
-# their lesson no longer holds (52 to 75 % of stars for 80 to 88).
+# their lesson no longer holds (in three of four, 52 to 75 % of stars for 80 to 88).
 _WORLD_TURN = 6
 
 Wanted = tuple[str, int]
