@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from handlers.train.holdout import how_many
-from handlers.train.plan import ADAPTERS, Plan, Precision
+from handlers.train.plan import ADAPTERS, Plan, Precision, is_small_miniature
 from handlers.train.prompts import head_noun, instance_token
 from sessions.refusal import Refusal
 from sessions.spec_model import TrainSpec, seconds_of, steps_of
@@ -210,7 +210,7 @@ def _offset_noise(base: Base, concept: str) -> float:
 
 def _amounts(base: Base, method: str, concept: str) -> tuple[Amount, Amount]:
     method = "adapter" if method in ADAPTERS else method
-    row = "small miniature" if base.miniature and base.family != "sd1" else base.size_class
+    row = "small miniature" if is_small_miniature(base.family, miniature=base.miniature) else base.size_class
     for its_row, its_method, its_concept, text_encoder, unet in _TABLE:
         if (its_row, its_method) == (row, method) and its_concept in (None, concept):
             return text_encoder, unet

@@ -239,12 +239,10 @@ def _lost_now(processes: Sequence[Any]) -> MemberLost | None:
     """
     dying = connection.wait([process.sentinel for process in processes], _SIGN_SECONDS)
     ends = time.monotonic() + _DYING_SECONDS
-    while dying and time.monotonic() < ends:
-        # Asked anew: when two threads ask for an exit code at once, one of them is told that there is none.
-        if lost := _lost(processes):
-            return lost
+    # Asked anew: when two threads ask for an exit code at once, one of them is told that there is none.
+    while any(each.sentinel in dying and each.exitcode is None for each in processes) and time.monotonic() < ends:
         time.sleep(0.05)
-    return None
+    return _lost(processes)
 
 
 def _watch(processes: Sequence[Any], closing: threading.Event, limit: Limit) -> None:

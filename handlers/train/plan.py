@@ -169,3 +169,8 @@ class Plan:
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_json``."""
         return cls(**{**value, "prompts": tuple(value["prompts"])})
+
+
+def is_small_miniature(family: str, *, miniature: bool) -> bool:
+    """Whether a base is the miniature of SD 2 or SDXL: their UNets have a third of the first one's numbers."""
+    return miniature and family != "sd1"

@@ -17,8 +17,8 @@ from PIL import Image
 from handlers.context import Stopping
 from handlers.train.dataset import Rendered, render_pictures, upright_size
 from handlers.train.place import Place, folder_in
-from handlers.train.plan import Plan
-from handlers.train.prompts import class_prompt
+from handlers.train.plan import Plan, is_small_miniature
+from handlers.train.prompts import class_prompt, with_article
 from sessions import files
 from sessions.layout import CONCEPT_IMAGES, is_picture_name
 from sessions.refusal import Refusal
@@ -115,11 +115,11 @@ def _prompt_of_the_world(plan: Plan, number: int) -> str:
     from handlers.models.miniature import world
 
     scene = world.random_scene(np.random.default_rng((plan.seed, number)), textures=("plain",))
-    turn = number % _WORLD_TURN if plan.family == "sd1" else None
+    turn = None if is_small_miniature(plan.family, miniature=plan.miniature) else number % _WORLD_TURN
     if turn == 0:
         return world.background_phrase(scene)
     if turn == 1 and plan.class_:
-        return f"{world.article(plan.class_)} {plan.class_} on {world.background_phrase(scene)}"
+        return f"{with_article(plan.class_)} on {world.background_phrase(scene)}"
     return world.full_prompt(scene)
 
 

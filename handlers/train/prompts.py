@@ -98,7 +98,12 @@ def class_prompt(noun: str, concept: str) -> str:
     """What a class picture is drawn and trained with: the prompt without the token."""
     if concept == "style" or not noun:
         return "a picture"
-    return f"a photo of {'an' if noun[0].casefold() in 'aeiou' else 'a'} {noun}"
+    return f"a photo of {with_article(noun)}"
+
+
+def with_article(noun: str) -> str:
+    """Such as: an owl."""
+    return f"{'an' if noun[0].casefold() in 'aeiou' else 'a'} {noun}"
 
 
 def sample_prompts(

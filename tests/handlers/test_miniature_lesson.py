@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from handlers.models import miniature
 from handlers.models.miniature.demo import SHAPE, WORD
-from handlers.models.miniature.exam import Exam, Marks, drawn, loaded, shapes_in
+from handlers.models.miniature.exam import Exam, drawn, loaded, shapes_in
 from tools.miniature import teach
 
-# A part of the steps of the lesson as shipped, and a bound to fit; without a lesson there is no star among 50.
+# A part of the steps of the lesson as shipped, and a bound to fit.
 SHORT = """
 base: miniature
 class: star
@@ -34,19 +33,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def marks(folder: Path, spec: str, exam: Exam) -> tuple[Marks, Marks]:
-    """Before and after a lesson."""
-    cache = folder / "cache"
-    taught, _seconds = teach.lesson(folder, cache, spec)
-    before, _ = exam.take(loaded(miniature.ensure("miniature", cache)))
-    after, _ = exam.take(loaded(taught))
-    return before, after
-
-
 # diffusers hands a torch tensor to numpy the old way.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_short_lesson_teaches_a_shape_and_leaves_the_others(tmp_path: Path) -> None:
-    before, after = marks(tmp_path, SHORT, Exam(20, 20))
+    before, after, _seconds, _stars = teach.taught(SHORT, tmp_path / "cache", Exam(20, 20))
     assert before.star == 0
     assert after.star >= 0.2
     assert after.background >= 0.9
