@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 
 from daemon.services import leftovers
@@ -91,11 +92,8 @@ async def within(seconds: float, waited: Awaitable[State]) -> State:
 
 
 def children(process: int) -> list[int]:
-    return [
-        int(child)
-        for task in Path(f"/proc/{process}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    # By parent, not by /proc/*/task/*/children: a pool's thread may end in between.
+    return [child.pid for child in psutil.Process(process).children()]
 
 
 def lives(process: int) -> bool:
