@@ -21,7 +21,6 @@ from daemon.gates import Gates, ModelGate
 from daemon.hooks import TreeHooks
 from daemon.index import Fact, Index
 from daemon.jobs import Job, JobState
-from daemon.memory import give_memory_back
 from daemon.outcomes import record_ended_run
 from daemon.planner import Planner
 from daemon.prepare import Preparer
@@ -42,6 +41,7 @@ from daemon.terminal import ProgressDisplay
 from daemon.tree import State as TreeState
 from daemon.tree import TreeWatch, WatchSettings
 from daemon.webui import WebUIService
+from handlers.give_back import give_memory_back
 from sessions.layout import CAPTIONS, MODELS, Role, is_own_folder, place_of
 
 log = logging.getLogger(__name__)

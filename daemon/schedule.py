@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-from daemon.memory import give_memory_back
 from daemon.status import local_now
+from handlers.give_back import give_memory_back
 from sessions.trash import empty_trash
 
 if TYPE_CHECKING:

@@ -18,5 +18,5 @@ if ! command -v nvidia-smi >/dev/null 2>&1 && [ -z "$links" ]; then
     torch=(--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 fi
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-"$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" --constraints constraints.txt "${torch[@]}" --editable ".[all]" --group dev
+"$VENV/bin/uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" --constraints constraints.txt "${torch[@]}" --editable ".[all]" --group dev
 "$VENV/bin/fastsd" doctor || true

@@ -156,6 +156,8 @@ class OpenPicture:
         """Pixels of the shorter side of the whole picture."""
         self.longer_side: int = max(width, height)
         """Pixels of the longer side of the whole picture."""
+        self.takes_much_memory: bool = width * height > _LARGE and self._image.format not in _JPEG
+        """Whether many pixels must be decoded, however few of them are asked for."""
         if width * height > pixel_limit:
             raise Refusal(
                 "too-large",
@@ -214,12 +216,12 @@ class OpenPicture:
         if scale < 1 and image.format in _JPEG:
             # The result is at least this large.
             image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-        elif image.width * image.height > _LARGE and image.format in stream.FORMATS and stream.is_available():
+        elif self.takes_much_memory and image.format in stream.FORMATS and stream.is_available():
             if image.format == "PNG":
                 self._note_late_orientation()
             self._comes_upright = image.format == "AVIF"
             return to_srgb(stream.reduced(self._source.content, image.format, factor, ground))
-        elif image.width * image.height > _LARGE and image.format == "HEIF":
+        elif self.takes_much_memory and image.format == "HEIF":
             return reduced_srgb(Rows.of_heif(self._source.content), factor, ground)
         promised = image.size
         image.load()

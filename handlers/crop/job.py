@@ -20,6 +20,7 @@ from handlers.crop.segment import NetworkFile
 from handlers.crop.subject import Clues, Finders, Subject, find_subject
 from handlers.crop.window import PixelBox, square_window, whole_picture
 from handlers.crop.wish import Wish
+from handlers.give_back import give_memory_back
 from handlers.models import segments
 from sessions.refusal import Refusal
 
@@ -121,7 +122,7 @@ class CropHandler:
         source = read_source(request.source)
         _require_other_file(source, request.output)
         with context.within(request.seconds, _too_slow(source, request.seconds)):
-            decoded = _decoded(source, request)
+            decoded = self._decoded(source, request)
         if request.network is not None:
             # Asking it for the first time may take as long as decoding; the daemon hears that this goes on.
             context.report(0, 1, "", {})
@@ -129,21 +130,23 @@ class CropHandler:
         context.report(1, 1, facts["subject"], {})
         return JobResult(facts=facts, outputs=[request.output])
 
-
-def _decoded(source: SourceFile, request: CropRequest) -> Decoded:
-    """The picture at the scale that the crop needs, within the memory that one picture may take."""
-    try:
-        with limited_memory(DECODE_BYTES):
-            opened = OpenPicture(source, request.pixel_limit)
-            # The window's side is the picture's shorter side but for a fixed box: the scale is known before any pixel.
-            side = request.wish.least_side(opened.size) or opened.shorter_side
-            return opened.decode(max(request.resolution / side, _LOOKED_AT / opened.longer_side), request.ground)
-    except MemoryError as error:
-        raise Refusal(
-            "too-large",
-            f"{source.path.name} needs more than {DECODE_BYTES >> 20} MiB of memory to be decoded.",
-            "Make the picture smaller, or save it as an ordinary (not progressive) JPEG.",
-        ) from error
+    def _decoded(self, source: SourceFile, request: CropRequest) -> Decoded:
+        """The picture at the scale that the crop needs, within the memory that one picture may take."""
+        try:
+            with limited_memory(DECODE_BYTES):
+                opened = OpenPicture(source, request.pixel_limit)
+                if opened.takes_much_memory:
+                    self._finders.give_buffers_up()
+                    give_memory_back()
+                # The window's side is the picture's shorter side but for a fixed box: the scale is known beforehand.
+                side = request.wish.least_side(opened.size) or opened.shorter_side
+                return opened.decode(max(request.resolution / side, _LOOKED_AT / opened.longer_side), request.ground)
+        except MemoryError as error:
+            raise Refusal(
+                "too-large",
+                f"{source.path.name} needs more than {DECODE_BYTES >> 20} MiB of memory to be decoded.",
+                "Make the picture smaller, or save it as an ordinary (not progressive) JPEG.",
+            ) from error
 
 
 def _too_slow(source: SourceFile, seconds: float) -> Refusal:

@@ -66,6 +66,11 @@ class Finders:
         self.foreground = ForegroundFinder()
         self.segments = SegmentFinder()
 
+    def give_buffers_up(self) -> None:
+        """Load the small ones anew: they keep the buffers of the largest picture that they saw, some 50 MB."""
+        self.faces = FaceFinder()
+        self.foreground = ForegroundFinder()
+
 
 def find_subject(image: Image.Image, finders: Finders, clues: Clues | None = None) -> Subject:
     """The subject of an upright RGB picture of any scale.

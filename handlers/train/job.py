@@ -26,6 +26,7 @@ from handlers.train.objective import Material
 from handlers.train.place import Place
 from handlers.train.plan import Plan
 from handlers.train.recorder import Recorder, Silence
+from handlers.train.rescue import with_what_was_saved
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
 from handlers.train.vae import put_in, require_same
@@ -88,14 +89,10 @@ class TrainHandler:
             if place.is_gone():
                 raise Cancelled from None  # someone deleted the session: there is nothing left to train for
             raise
-        except Refusal as refusal:
-            if refusal.code == "diverged" and (written := run.read_record()):
-                run.flush()
-                kept = _last_good(place, run, refusal.good_until) if isinstance(refusal, Diverged) else ""
-                refusal = Refusal(refusal.code, refusal.what, f"{refusal.advice} {kept}".strip(), refusal.line)
-                run.write_record({**written, "state": "failed", "reason": str(refusal)})
-                run.log(str(refusal))
-                raise refusal from None
+        except Diverged as diverged:
+            run.flush()
+            run.write_record({**(run.read_record() or {}), "state": "failed", "reason": str(diverged)})
+            run.log(str(diverged))
             raise
 
 
@@ -146,6 +143,7 @@ def _train(
         closing(invited(context, place, run, plan, done)) as viewers,
     ):
         trainer = _trainer(base, pipeline, record, material, start=start, crew=crew, told=run.log)
+        keeper = Keeper(place, {**record, "run": run.run}, base, pipeline, trainer)
         recorder = Recorder(
             context,
             place,
@@ -153,14 +151,17 @@ def _train(
             plan,
             draw=lambda: trainer.draw(lambda: context.is_stopping() or context.is_cancelled()),
             spent=float(found.state.get("seconds", 0.0)) if found else 0.0,
-            keeper=Keeper(place, {**record, "run": run.run}, base, pipeline, trainer),
+            keeper=keeper,
             worthless=material.objective.worthless,
             viewers=viewers,
             measure=validation.measure_of(trainer.result) if validation else None,
             decided=record.get("decided", ()),
         )
         context.progress(done, plan.total_steps, "starting", decided=list(record.get("decided", ())))
-        trainer.train(found, recorder)
+        try:
+            trainer.train(found, recorder)
+        except Diverged as diverged:
+            raise with_what_was_saved(diverged, place, run, plan, trainer=trainer, keeper=keeper) from None
         context.progress(plan.total_steps, plan.total_steps, "writing the model")
         if plan.sample_every:
             recorder.show(plan.total_steps)
@@ -267,16 +268,6 @@ def _other_vae(
     if record:
         require_same(record.get("vae"), found)
     return found
-
-
-def _last_good(place: Place, run: RunFolder, good_until: int) -> str:
-    """The newest checkpoint from before a training went wrong, in words; damaged ones and those with NaN are none."""
-    at_most = good_until
-    while found := checkpoint.newest(place.now(), run.run, lambda _folder, _why: None, at_most):
-        if found.is_finite():
-            return f"The last good checkpoint is {found.folder.parent.name}/{found.folder.name}; it is kept."
-        at_most = found.step - 1
-    return "No checkpoint was written before that."
 
 
 def _clean_up(place: Place, run: RunFolder) -> None:

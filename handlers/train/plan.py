@@ -157,9 +157,14 @@ class Plan:
         return WORLD_TEMPLATES if self.miniature else TEMPLATES
 
     @property
+    def stage_1_steps(self) -> int:
+        """Steps before the stage that makes the model."""
+        return 0 if self.is_one_stage else self.text_encoder_steps
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages."""
-        return self.unet_steps if self.is_one_stage else self.text_encoder_steps + self.unet_steps
+        return self.stage_1_steps + self.unet_steps
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""

@@ -20,15 +20,15 @@ from handlers.train import loop, randomness, sampler
 from handlers.train.average import Average
 from handlers.train.base import BaseModel
 from handlers.train.checkpoint import Checkpoint, Tensors
+from handlers.train.conditions import Conditions
 from handlers.train.crew import Crew
-from handlers.train.families.interface import Embedded, joined
+from handlers.train.families.interface import Embedded
 from handlers.train.fitting import Fitting
 from handlers.train.fresh import DTYPES, fresh_denoiser
 from handlers.train.loop import Done, Rate, Stage
 from handlers.train.objective import Material
 from handlers.train.optimizers import make_updates
 from handlers.train.recorder import Notes
-from handlers.train.speaking import speak
 from handlers.train.teacher import Teacher, beneath, beside
 from handlers.train.trainable import Adapter, Trainable, Whole, adapted, adapted_layers
 from handlers.train.wording import Wording
@@ -63,22 +63,21 @@ class Trainer:
         told: Callable[[str], None],
     ) -> None:
         self.denoiser: Any = None
+        self._stage: Stage | None = None
         self._average: Average | None = None
         self._start = start
         self._crew = crew
         self._told = told
         self.adapters: dict[str, Adapter] = {}
         self._family = base.training
-        self._encoders = {name: getattr(pipeline, name) for name in self._family.encoders}
-        self._sizes = sizes
         self._base = base
         self._pipeline = pipeline
         self._material = material
         self._plan = material.plan
         self._device = material.device
-        self._words = words
-        self._tokens = self._family.tokens(pipeline, words.texts)
-        self._spoken: dict[str, Embedded] = {}
+        self._conditions = Conditions(
+            self._family, pipeline, words, sizes, drawn=self._plan.prompts, device=self._device, told=told
+        )
         self._said_before: Embedded | None = None
 
     def train(self, found: Checkpoint | None, recorder: Notes) -> None:
@@ -104,7 +103,7 @@ class Trainer:
             found, done = None, plan.text_encoder_steps
             recorder.stop_if_wished()
         elif found and plan.text_encoder_steps:
-            for name, encoder in self._encoders.items():
+            for name, encoder in self._conditions.encoders.items():
                 encoder.load_state_dict(found.load(name))
         self._stage_2(found if done > plan.text_encoder_steps else None, recorder)
 
@@ -112,7 +111,7 @@ class Trainer:
         plan = self._plan
         self.denoiser = self._base.load_denoiser()
         joint = plan.train_unet_in_stage_1
-        modules = {**self._encoders, **({self._family.denoiser: self.denoiser} if joint else {})}
+        modules = {**self._conditions.encoders, **({self._family.denoiser: self.denoiser} if joint else {})}
         trained = {name: Whole(module) for name, module in modules.items()}
         stage = Stage(
             1,
@@ -122,7 +121,7 @@ class Trainer:
             dict.fromkeys(trained, Rate(plan.text_encoder_rate, plan.text_encoder_steps)),
             self.denoiser,
             trained,
-            lambda step, chosen: self._condition_anew(1, step, chosen),
+            lambda step, chosen: self._conditions.anew(1, step, chosen),
             self._teacher(1, None),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, {}))
@@ -130,7 +129,7 @@ class Trainer:
 
     def _stage_2(self, found: Checkpoint | None, recorder: Notes) -> None:
         plan = self._plan
-        embedded = self._embed_all()
+        embedded = self._conditions.for_good()
         self.denoiser = self._base.load_denoiser()
         finished = self._finished_parts()
         stage = Stage(
@@ -141,7 +140,7 @@ class Trainer:
             {self._family.denoiser: Rate(plan.unet_rate, plan.unet_steps)},
             self.denoiser,
             {self._family.denoiser: Whole(self.denoiser)},
-            lambda step, chosen: self._condition(2, embedded, step, chosen),
+            lambda step, chosen: self._conditions.of(2, embedded, step, chosen),
             self._teacher(2, embedded),
         )
         self._run(stage, found, lambda done: recorder.after_step(done, finished))
@@ -150,8 +149,8 @@ class Trainer:
         """One stage: the denoiser, and the text encoders for as many steps as they have; whole, or adapters in them."""
         plan = self._plan
         # Text encoders that stay as they are speak before the denoiser takes their place.
-        encoders = self._encoders if self._changes_encoders(found) else {}
-        embedded = None if encoders else self._embed_all()
+        encoders = self._conditions.encoders if self._changes_encoders(found) else {}
+        embedded = None if encoders else self._conditions.for_good()
         self.denoiser = fresh_denoiser(self._base, plan, self._device)
         modules = {self._family.denoiser: self.denoiser, **encoders}
         trained: dict[str, Trainable] = {name: self._trainable(name, module) for name, module in modules.items()}
@@ -167,9 +166,9 @@ class Trainer:
             self.denoiser,
             trained,
             lambda step, chosen: (
-                self._condition_anew(2, step, chosen)
+                self._conditions.anew(2, step, chosen)
                 if embedded is None
-                else self._condition(2, embedded, step, chosen)
+                else self._conditions.of(2, embedded, step, chosen)
             ),
             self._teacher(2, embedded),
         )
@@ -178,14 +177,14 @@ class Trainer:
 
     def _changes_encoders(self, found: Checkpoint | None) -> bool:
         """Whether text encoders are trained, or keep the adapter that they had."""
-        known = [found.has(name) if found else name in self._start for name in self._encoders]
+        known = [found.has(name) if found else name in self._start for name in self._conditions.encoders]
         return bool(self._plan.text_encoder_steps) or any(known)
 
     def _trainable(self, name: str, module: Any) -> Trainable:
         plan = self._plan
         if not plan.is_adapter:
             return Whole(module)
-        if name in self._encoders:
+        if name in self._conditions.encoders:
             module.to(dtype=DTYPES[plan.precision])
         adapter = adapted(
             module,
@@ -199,21 +198,10 @@ class Trainer:
             adapter.begin(self._start[name])
         return adapter
 
-    def _condition(self, stage: int, embedded: Embedded, step: int, chosen: list[int]) -> dict[str, Any]:
-        """What the denoiser is told by text encoders that have spoken."""
-        rows = self._words.of(stage, step, chosen)
-        return self._family.condition(embedded.of(rows), self._sizes[chosen])
-
-    def _condition_anew(self, stage: int, step: int, chosen: list[int]) -> dict[str, Any]:
-        """What the denoiser is told by text encoders that are trained."""
-        rows = self._words.of(stage, step, chosen)
-        tokens = {name: ids[rows].to(self._device) for name, ids in self._tokens.items()}
-        embedded = self._family.embed(self._pipeline, tokens)
-        return self._family.condition(embedded, self._sizes[chosen])
-
     def _run(self, stage: Stage, found: Checkpoint | None, after_step: Callable[[Done], None]) -> None:
         """Put the stage's modules on the device, in the checkpoint's state, and train."""
         plan = self._plan
+        self._stage = stage
         parts = [stage.denoiser, *(trained.module for trained in stage.trained.values())]
         modules = list({id(part): part for part in parts}.values())
         for module in modules:
@@ -223,7 +211,7 @@ class Trainer:
         fitting = Fitting(
             plan.means,
             stage.denoiser,
-            [self._encoders[name] for name in self._encoders if name in stage.trained],
+            [self._conditions.encoders[name] for name in self._conditions.encoders if name in stage.trained],
             self._device,
             may_offload=plan.is_adapter,
             told=self._told,
@@ -253,6 +241,7 @@ class Trainer:
             after_step=after_step,
         )
         self._average = None  # it has taken the parameters' place
+        self._stage = None
 
     def _quicken(self, denoiser: Any) -> None:
         """What makes steps faster and leaves results as they are, but for rounding."""
@@ -266,6 +255,16 @@ class Trainer:
             torch._dynamo.config.suppress_errors = True  # noqa: SLF001 - its documented place
             denoiser.compile_repeated_blocks()
 
+    def recall(self, found: Checkpoint) -> None:
+        """Put the models of the stage that was interrupted back to what they were at one of its checkpoints."""
+        if self._stage is None:
+            message = "nothing was trained yet"
+            raise RuntimeError(message)
+        for name, trained in self._stage.trained.items():
+            trained.load(found.load(name))
+        if self._average:
+            self._average.restore(found.load("average"))
+
     @contextmanager
     def result(self) -> Iterator[None]:
         """The modules are what they would be if the run ended now: the moving average where there is one."""
@@ -275,23 +274,11 @@ class Trainer:
         with self._average.shown():
             yield
 
-    def _embed_all(self) -> Embedded:
-        """All prompts, from the finished text encoders, which leave the device afterwards."""
-        asked = self._plan.prompts if self._family.draws_from_embeddings else ()
-        texts = list(dict.fromkeys([*self._words.texts, *asked]))
-        parts = speak(self._family, self._pipeline, texts, self._device, self._told)
-        if self._family.draws_from_embeddings:
-            self._spoken = dict(zip(texts, parts, strict=True))
-            for name in self._encoders:
-                setattr(self._pipeline, name, None)  # all is said, and the denoiser needs their room
-            self._encoders.clear()
-        return joined(parts[: len(self._words.texts)])
-
     def _speak_before(self, found: Checkpoint | None) -> Embedded | None:
         """All prompts, from the base's text encoders; None where nobody asks for them, or they stay as they are."""
         if not self._plan.has_teacher or not self._changes_encoders(found):
             return None
-        return joined(speak(self._family, self._pipeline, self._words.texts, self._device, self._told))
+        return self._conditions.now()
 
     def _teacher(self, stage: int, embedded: Embedded | None) -> Teacher | None:
         """What class pictures are kept to in a stage, told what the base's text encoders said before they were trained.
@@ -306,12 +293,12 @@ class Trainer:
         denoiser, as_before = (
             beneath(self.denoiser) if self._plan.is_adapter else beside(self._base, self._plan, self._device)
         )
-        return Teacher(denoiser, as_before, lambda step, chosen: self._condition(stage, before, step, chosen))
+        return Teacher(denoiser, as_before, lambda step, chosen: self._conditions.of(stage, before, step, chosen))
 
     def _finished_parts(self) -> dict[str, Tensors]:
         if not self._plan.text_encoder_steps:
             return {}
-        return {name: encoder.state_dict() for name, encoder in self._encoders.items()}
+        return {name: encoder.state_dict() for name, encoder in self._conditions.encoders.items()}
 
     def draw(self, should_stop: Callable[[], bool]) -> list[Image.Image]:
         """Samples of the models as they are: each prompt with two seeds."""
@@ -322,7 +309,7 @@ class Trainer:
                 self._pipeline,
                 self.denoiser.to(self._device),
                 wanted=[(prompt, seed) for seed in (plan.seed, plan.seed + 1) for prompt in plan.prompts],
-                embedded=self._spoken,
+                embedded=self._conditions.spoken,
                 batch=len(plan.prompts),
                 resolution=plan.resolution,
                 guidance=plan.guidance,

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 from handlers.context import JobContext
 from handlers.models import miniature
-from handlers.train import checkpoint
-from handlers.train.job import TrainHandler, _last_good
-from handlers.train.place import Place
-from handlers.train.run import RunFolder
+from handlers.train.job import TrainHandler
 from sessions.refusal import Refusal
 from tests.events import shown_in
 from tests.handlers.train_process import finished, run_child
@@ -107,16 +103,3 @@ def test_a_rate_that_explodes_the_losses_stops_the_run_and_says_what_to_write(ca
     record = json.loads((session / "runs" / "r1" / "run.json").read_text())
     assert record["state"] == "failed"
     assert "learning rate of 0.01" in record["reason"]
-
-
-def test_the_last_good_checkpoint_is_whole_finite_and_from_before_the_losses_rose(tmp_path: Path) -> None:
-    session = make_session(tmp_path / "Sessions" / "dog")
-    for step, value in ((10, 1.0), (20, float("nan"))):
-        checkpoint.save(session, step, {"unet": {"w": torch.tensor([1.0, value])}}, {"run": "r1", "stage": 2})
-    place = Place(session, tmp_path, "abcd1234")
-    run = RunFolder(place, "r1")
-    good = "The last good checkpoint is checkpoints/step-10; it is kept."
-    assert _last_good(place, run, 30) == good
-    assert _last_good(place, run, 15) == good
-    assert _last_good(place, run, 9) == "No checkpoint was written before that."
-    assert _last_good(place, RunFolder(place, "r2"), 30) == "No checkpoint was written before that."

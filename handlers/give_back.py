@@ -1,4 +1,4 @@
-"""Giving memory back to the system when a busy time is over: a daemon is idle most of its life."""
+"""Giving memory back to the system: a daemon when a busy time is over, a worker before a picture that needs much."""
 
 from __future__ import annotations
 
