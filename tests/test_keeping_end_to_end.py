@@ -104,3 +104,39 @@ def test_kept_while_it_trains_and_promoted_without_a_daemon_and_with_one(
     until(lambda: "promoted" in (session / "STATUS.txt").read_text(), "STATUS.txt says so", 20)
     assert daemon.manifest(session).get("train", run), "and nothing was trained anew"
     assert daemon.stop() == 0
+
+
+def test_a_run_that_diverged_leaves_its_last_good_model_and_another_goes_on_from_it(
+    daemon: DaemonProcess, photographs: list[Path]
+) -> None:
+    daemon.settings(watch={"settle": 0.5}, webui={"kind": "none"})
+    spec = SPEC.replace("save_every: 2\n", "schedule: constant\n")
+    session = make_session(daemon, photographs, spec.replace("steps: 6", "steps: 400"))
+    daemon.start()
+    until(lambda: list(session.glob("checkpoints/step-5")), f"a few steps are done; log: {daemon.log}", 120)
+    daemon.kill()
+    # From here on at a rate at which nothing holds.
+    [run_file] = session.glob("runs/*/run.json")
+    record = json.loads(run_file.read_text())
+    record["plan"]["unet_rate"] = 1e6
+    run_file.write_text(json.dumps(record))
+    assert daemon.once() == 1, "a run has failed"
+    run = run_file.parent.name
+    [model] = kept_files(session)
+    step = model.stem.removeprefix(f"zwx-{run}-step-")
+    assert int(step) >= 3
+    refusal = (session / "train.yaml.error.txt").read_text()
+    assert f"in runs/{run}. To begin with it, write `continue: {run}-step-{step}` and leave base out." in refusal
+    assert "say 2e+05" in refusal
+    assert f"step {step} (" in (session / "STATUS.txt").read_text()
+    assert inspect(model).metadata["fastsd.steps"] == str(int(step) + 2)
+
+    again = spec.replace("base: miniature\n", "").replace("text_encoder: {steps: 2}\n", "")
+    (session / "train.yaml").write_text(f"{again}continue: {run}-step-{step}\n")
+    assert daemon.once() == 0, daemon.log.read_text()[-3000:]
+    [finished] = session.glob("zwx-*.safetensors")
+    assert not (session / "train.yaml.error.txt").exists()
+    before, after = load_file(model), load_file(finished)
+    words = [key for key in before if key.startswith("cond_stage_model.")]
+    assert all(before[key].equal(after[key]) for key in words), "the trained text encoder was taken along"
+    assert not before["model.diffusion_model.out.2.weight"].equal(after["model.diffusion_model.out.2.weight"])

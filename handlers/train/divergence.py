@@ -75,9 +75,12 @@ class Watch:
             self.note(total, loss)
 
     @property
-    def is_suspicious(self) -> bool:
-        """Whether the last few losses look wrong: no moment to write over a good checkpoint."""
-        return self._suspected is not None
+    def suspected(self) -> int | None:
+        """Steps of the run done before the last few losses began to look wrong; None where they do not.
+
+        While they do is no moment to write over a good checkpoint.
+        """
+        return self._suspected
 
     def note(self, total: int, loss: float) -> Verdict | None:
         """Take a loss.

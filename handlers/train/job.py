@@ -26,7 +26,7 @@ from handlers.train.objective import Material
 from handlers.train.place import Place
 from handlers.train.plan import Plan
 from handlers.train.recorder import Recorder, Silence
-from handlers.train.rescue import with_what_was_saved
+from handlers.train.rescue import last_good, with_what_was_saved
 from handlers.train.run import RunFolder, now
 from handlers.train.stages import Trainer
 from handlers.train.vae import put_in, require_same
@@ -161,7 +161,8 @@ def _train(
         try:
             trainer.train(found, recorder)
         except Diverged as diverged:
-            raise with_what_was_saved(diverged, place, run, plan, trainer=trainer, keeper=keeper) from None
+            good = last_good(place, run, recorder.good_until(diverged.good_until))
+            raise with_what_was_saved(diverged, good, run, plan, trainer=trainer, keeper=keeper) from None
         context.progress(plan.total_steps, plan.total_steps, "writing the model")
         if plan.sample_every:
             recorder.show(plan.total_steps)

@@ -242,5 +242,6 @@ def _diverged(stage: Stage, step: int, precision: str) -> Diverged:
     return Diverged(
         f"The training diverged: the loss of step {total + 1} ({stage.title}) is not a number.",
         smaller_rate(stage.section, stage.rate.value) + ("" if precision == "fp32" else " Or write precision: fp32."),
-        total,
+        # The loss of step N is of the weights that N - 1 steps made: what the last one made is of no use.
+        max(0, total - 1),
     )

@@ -114,6 +114,11 @@ class Recorder:
         """Seconds spent on this run, those of earlier processes included."""
         return time.monotonic() - self._began
 
+    def good_until(self, steps: int) -> int:
+        """Of so many steps of the run, those that were done while all looked well."""
+        suspected = self._watch.suspected if self._watch else None
+        return steps if suspected is None else min(steps, suspected)
+
     def after_step(self, done: Done, finished_parts: Mapping[str, checkpoint.Tensors]) -> None:
         """Take note of a step, and save, draw or stop if it is time.
 
@@ -138,7 +143,7 @@ class Recorder:
         stopping = self._context.is_stopping()
         # The end of stage 1 is saved by whoever knows what is kept of it; the end of the run is its result.
         ends_stage_1 = is_last and done.stage.number == 1
-        if (stopping and not ends_stage_1) or (not is_last and self._is_due(done.total) and not watch.is_suspicious):
+        if (stopping and not ends_stage_1) or (not is_last and self._is_due(done.total) and watch.suspected is None):
             self.save(done.total, done.stage.number, {**finished_parts, **_parts(done)})
         if not ends_stage_1:
             self.stop_if_wished()

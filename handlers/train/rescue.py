@@ -18,13 +18,13 @@ from sessions.layout import RUNS, kept_name
 
 
 def with_what_was_saved(
-    diverged: Diverged, place: Place, run: RunFolder, plan: Plan, *, trainer: Trainer, keeper: Keeper
+    diverged: Diverged, good: Checkpoint | None, run: RunFolder, plan: Plan, *, trainer: Trainer, keeper: Keeper
 ) -> Diverged:
     """Keep what the run had learned while all was well.
 
     Args:
         diverged: how the training ended.
-        place: the session.
+        good: the last good checkpoint; None where there is none.
         run: the run.
         plan: the run's.
         trainer: was interrupted; its models become those of the checkpoint.
@@ -33,25 +33,23 @@ def with_what_was_saved(
     Returns:
         The same, whose advice says what is left.
     """
-    found = last_good(place, run, diverged.good_until)
-    if found is None:
+    if good is None:
         return _advising(diverged, "No checkpoint was written before that.")
-    kept = f"The last good checkpoint is {found.folder.parent.name}/{found.folder.name}; it is kept."
-    step = found.step - plan.stage_1_steps
+    kept = f"The last good checkpoint is {good.folder.parent.name}/{good.folder.name}; it is kept."
+    step = good.step - plan.stage_1_steps
     if step <= 0:
         return _advising(diverged, kept)  # a text encoder alone is no model
     name = kept_name(run.run, step)
     if keeper.lacks(step):
         try:
-            trainer.recall(found)
-            keeper.keep(step, found.step)
+            trainer.recall(good)
+            keeper.keep(step, good.step)
         except OSError as error:
             run.log(f"the model of step {step} could not be kept: {error.strerror}")
             return _advising(diverged, kept)
         run.log(f"kept the model of step {step}, the last good one")
-    return _advising(
-        diverged, f"{kept} Its model comes to lie in {RUNS}/{run.run}; `continue: {name}` goes on from there."
-    )
+    more = f"Its model comes to lie in {RUNS}/{run.run}. To begin with it, write `continue: {name}` and leave base out."
+    return _advising(diverged, f"{kept} {more}")
 
 
 def last_good(place: Place, run: RunFolder, good_until: int) -> Checkpoint | None:

@@ -22,7 +22,7 @@ from handlers.train.run import RunFolder
 from sessions.layout import FINISHED, KEPT_FACTS
 from tests.handlers.train_session import make_session, payload_of
 
-RARE = "schedule: constant\nsample_every: 0\nbatch_size: 1\ncheckpoint_every: 2\n"
+RARE = "schedule: constant\nsample_every: 0\nbatch_size: 1\ncheckpoint_every: 1\n"
 METHODS = {
     "two stages": "text_encoder: {steps: 2}\nunet: {steps: 40, learning_rate: 1e-4}\n",
     "fine-tuning with a moving average": (
@@ -81,7 +81,7 @@ def test_the_last_good_state_is_kept_as_the_model_that_save_every_would_have_kep
         train(payload, cache, stop_after=first + 6)
     told = go_wrong(session, payload, cache, 1e6)
     assert f"The last good checkpoint is checkpoints/step-{first + 6}; it is kept." in told.advice
-    assert "`continue: r1-step-6` goes on from there" in told.advice
+    assert "write `continue: r1-step-6` and leave base out" in told.advice
     assert json.loads((session / "runs" / "r1" / "run.json").read_text())["reason"] == str(told)
     [kept] = (session / FINISHED).iterdir()
     facts = json.loads((kept / KEPT_FACTS).read_text())
