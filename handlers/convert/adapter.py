@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from handlers.convert.ask import Converted, Progress, Verify, check_room, counted, dtype_of, silent
-from handlers.convert.lora import Lora, Pair, plan_lora, read_lora
+from handlers.convert.lora import Lora, Pair, read_lora
+from handlers.convert.lora_layout import plan_lora
 from handlers.convert.lora_names import LORA_FAMILIES
 from handlers.convert.plan import Entry, Located, as_type, whole
 from handlers.convert.single import modelspec

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from handlers.convert.adapter import AdapterFacts
 from handlers.convert.adapter_hollow import compare_hollow
 from handlers.convert.forward import FAILURES, compare_outputs, output_of
-from handlers.convert.lora import halves_of, read_lora
+from handlers.convert.lora import read_lora
+from handlers.convert.lora_layout import halves_of
 from handlers.convert.lora_names import Module, to_kohya
 from handlers.convert.quiet import quiet_libraries
 from handlers.convert.verify import Unproven

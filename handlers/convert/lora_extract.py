@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from handlers.convert.ask import Progress, check_room, dtype_of, silent
 from handlers.convert.cast import cast, decode
 from handlers.convert.families import FAMILIES
-from handlers.convert.lora import read_lora, scalar
+from handlers.convert.lora import read_lora
+from handlers.convert.lora_alpha import scalar
 from handlers.convert.lora_names import FLAT_FAMILIES, Module, dotted, flat, to_kohya
 from handlers.convert.lora_write import Written, matrix_of
 from handlers.convert.pieces import Sources

@@ -7,8 +7,8 @@ from typing import Any
 
 from handlers.context import JobContext, JobResult
 from handlers.convert.ask import progress_of
-from handlers.convert.lora import LAYOUTS
 from handlers.convert.lora_extract import extract_lora
+from handlers.convert.lora_layout import LAYOUTS
 from handlers.convert.lora_write import Written, convert_lora, merge_loras
 from sessions import files
 from sessions.refusal import Refusal

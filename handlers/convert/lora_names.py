@@ -3,12 +3,16 @@
 kohya writes a module's path with ``_`` for every dot, and paths have ``_`` of their own. ``WORDS`` is the table: every
 word of a path that has one, and every other word that occurs. A flat name is divided into the longest words that leave
 words behind them, which gives the path of every module of these models back.
+
+Of Flux, kohya and ComfyUI name the layers of its authors' code, some of which are several of diffusers' layers, one
+behind the other: what is said of such a layer is said of each in its share of the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from handlers.convert.families import FAMILIES
 
@@ -20,6 +24,9 @@ diffusers' UNet
 the original UNet, which kohya trains for SDXL
     input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op out
     time_embed label_emb
+the original Flux
+    double_blocks single_blocks img_attn txt_attn qkv img_mlp txt_mlp img_mod txt_mod lin linear linear1 linear2
+    modulation img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer
 transformers' CLIP
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
 """
@@ -34,7 +41,12 @@ _KOHYA: Mapping[str, Mapping[str, str]] = {
 _TEXT = "text_model."
 # What paths within Flux's transformer begin with, and within no UNet.
 _FLUX = ("transformer_blocks.", "single_transformer_blocks.")
-# kohya's flat names of Flux speak of layers that hold q, k and v together, where an adapter has one pair for each.
+_ORIGINAL_FLUX = (
+    *("double_blocks.", "single_blocks.", "final_layer."),
+    *("img_in", "txt_in", "time_in.", "vector_in.", "guidance_in."),
+)
+_COMFY = "diffusion_model."
+# Written in dotted names: kohya's speak of layers that hold q, k and v together, of which an adapter may have one.
 DOTTED = "flux"
 FLAT_FAMILIES = tuple(_KOHYA)
 LORA_FAMILIES = (*FLAT_FAMILIES, DOTTED)
@@ -51,6 +63,22 @@ class Module:
 
     part: str
     path: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a name in a file means, or a part of it.
+
+    Attributes:
+        module: a module.
+        begin, end: which of ``of`` equal shares of the layer's rows are the module's.
+        of: 1 where the layer is the module.
+    """
+
+    module: Module
+    begin: int = 0
+    end: int = 1
+    of: int = 1
 
 
 def flat(path: str) -> str:
@@ -72,14 +100,14 @@ def dotted(name: str) -> str | None:
     return ".".join(divided[0]) if 0 in divided else None
 
 
-def from_kohya(name: str) -> Module | None:
-    """The module of a kohya name (``lora_unet_…``, without ``.lora_down.weight``); None where it is unknown."""
+def from_kohya(name: str) -> tuple[Share, ...]:
+    """What a kohya name (``lora_unet_…``, without ``.lora_down.weight``) means; nothing where it is unknown."""
     beginnings = {begin: part for table in _KOHYA.values() for part, begin in table.items()}
     for begin, part in beginnings.items():
         if name.startswith(begin):
             path = dotted(name.removeprefix(begin))
-            return None if path is None else _canonical(part, path)
-    return None
+            return () if path is None else _meant(part, path)
+    return ()
 
 
 def to_kohya(module: Module, family: str) -> str | None:
@@ -105,16 +133,16 @@ def to_kohya(module: Module, family: str) -> str | None:
     return None if match is None else begin + flat(match.single.removeprefix(unet.prefix))
 
 
-def from_diffusers(key: str) -> Module | None:
-    """The module of a dotted path that begins with its component, or is of one component alone (peft)."""
+def from_diffusers(key: str) -> tuple[Share, ...]:
+    """What a dotted path means that begins with its component, or is of one component alone (peft, ComfyUI)."""
     part, _, path = key.partition(".")
     if part in ("unet", "transformer", "text_encoder", "text_encoder_2"):
-        return _canonical(part, path)
-    path = key.removeprefix("base_model.model.")
+        return _meant(part, path)
+    path = key.removeprefix("base_model.model.").removeprefix(_COMFY)
     is_text = path.startswith(("text_model.", "encoder.layers.", "text_projection"))
     if is_text:
-        return _canonical("text_encoder", path)
-    return _canonical("transformer" if path.startswith(_FLUX) else "unet", path)
+        return _meant("text_encoder", path)
+    return _meant("transformer" if path.startswith(_FLUX) else "unet", path)
 
 
 def to_diffusers(module: Module) -> str:
@@ -123,11 +151,26 @@ def to_diffusers(module: Module) -> str:
     return f"{module.part}.{text}{module.path}"
 
 
-def _canonical(part: str, path: str) -> Module | None:
-    if part != "unet":
-        return Module(part, path.removeprefix(_TEXT) if part.startswith("text_encoder") else path)
-    if not path.startswith(_ORIGINAL):
-        return Module(part, path)
+def _meant(part: str, path: str) -> tuple[Share, ...]:
+    if part.startswith("text_encoder"):
+        return (Share(Module(part, path.removeprefix(_TEXT))),)
+    if path.startswith(_ORIGINAL_FLUX):
+        return _divided(path)
+    if part != "unet" or not path.startswith(_ORIGINAL):
+        return (Share(Module(part, path)),)
     unet = FAMILIES["sdxl"].drawing
     match = unet.match_single(unet.prefix + path)
-    return None if match is None else Module(part, match.parts[0])
+    return () if match is None else (Share(Module(part, match.parts[0])),)
+
+
+def _divided(path: str) -> tuple[Share, ...]:
+    """Diffusers' layers in a layer of the original Flux."""
+    transformer = FAMILIES["flux"].drawing
+    match = transformer.match_single(transformer.prefix + path)
+    if match is None or match.rule.form != "same":
+        return ()
+    ends = list(accumulate(match.rule.weights))
+    return tuple(
+        Share(Module(transformer.name, part), end - weight, end, ends[-1])
+        for part, weight, end in zip(match.parts, match.rule.weights, ends, strict=True)
+    )

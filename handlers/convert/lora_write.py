@@ -15,7 +15,8 @@ from handlers.convert.checkpoint import write_checkpoint
 from handlers.convert.families import FAMILIES, Family
 from handlers.convert.header import read_header
 from handlers.convert.keymap import Match
-from handlers.convert.lora import Layout, Lora, Pair, adapter_metadata, plan_lora, read_lora
+from handlers.convert.lora import Lora, Pair, read_lora
+from handlers.convert.lora_layout import Layout, adapter_metadata, plan_lora
 from handlers.convert.pieces import Sources, exactly
 from handlers.convert.plan import Entry, Located, as_type, to_single, whole, with_ties
 from handlers.convert.recognise import read_single
