@@ -116,6 +116,7 @@ def test_the_miniature_of_sd2_trains_and_becomes_one_file(tmp_path: Path) -> Non
     cache = tmp_path / "cache"
     session = make_session(tmp_path / "Sessions" / "dog")
     spec = "base: miniature-sd2\ntext_encoder: {steps: 2}\nunet: {steps: 2, learning_rate: 1e-3}\nsample_every: 2\n"
+    spec += "prompts: [zwx]\n"
     result, _ = train(payload_of(session, spec, base="miniature-sd2"), cache)
     finished = Path(result.facts["finished"])
     base = miniature.folder_of("miniature-sd2", cache)
@@ -129,6 +130,7 @@ def test_the_miniature_of_sdxl_trains_both_encoders_and_becomes_one_file(tmp_pat
     cache = tmp_path / "cache"
     session = make_session(tmp_path / "Sessions" / "dog")
     spec = "base: miniature-sdxl\ntext_encoder: {steps: 2}\nunet: {steps: 2, learning_rate: 1e-3}\nsample_every: 2\n"
+    spec += "prompts: [zwx]\n"
     spec += "prior: {images: 3}\n"
     result, _ = train(payload_of(session, spec, base="miniature-sdxl"), cache)
     finished = Path(result.facts["finished"])
@@ -149,7 +151,7 @@ def test_an_adapter_draws_in_diffusers_as_it_was_trained(name: str, method: str,
     before = {part: weights(folder, part) for part in ("unet", "text_encoder")}
     session = make_session(tmp_path / "Sessions" / "dog")
     spec = f"method: {method}\nlora: {{rank: 4, alpha: 8}}\ntext_encoder: {{steps: 3}}\nunet: {{steps: 4}}\n"
-    result, seen = train(payload_of(session, spec + "sample_every: 2\n", base=name), cache)
+    result, seen = train(payload_of(session, spec + "sample_every: 2\nprompts: [zwx]\n", base=name), cache)
     assert result.facts["steps"] == len([entry for _, entry in seen if "loss" in entry]) == 4
     for part, tensors in before.items():
         assert same(tensors, weights(folder, part)), "the base stays as it is"
@@ -328,7 +330,7 @@ def test_a_single_file_as_base(name: str, resolution: int, cache: Path, tmp_path
     shutil.rmtree(unpacked)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.soak)])
 def test_more_steps_from_a_finished_adapter(method: str, cache: Path, tmp_path: Path) -> None:
     """It begins with the finished factors, those of the text encoder as well, which are not trained on."""
     session = make_session(tmp_path / "Sessions" / "dog")
