@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from handlers.models import miniature
 from handlers.models.inspect import inspect
 from sessions.files import sha256_of
@@ -87,6 +89,7 @@ def test_a_lora_is_drawn_with_and_another_session_keeps_its_own(
     assert daemon.stop() == 0
 
 
+@pytest.mark.soak
 def test_without_a_webui_the_lora_lies_in_its_folder(daemon: DaemonProcess, photographs: list[Path]) -> None:
     daemon.settings(watch={"settle": 0.5}, webui={"kind": "none"})
     folder = make_session(daemon.root / "zwx", photographs, SPEC.replace("lora\n", "dora\n"))

@@ -34,6 +34,7 @@ class: shape
 prior: {images: 3, weight: 0.5}
 ema: true
 """
+FINISHED = Path(".fastsd", "finished", "r1")
 PARTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
@@ -64,11 +65,24 @@ def apart(ours: Path, theirs: Path, base: Path) -> float:
     return float(torch.cat(differences).norm() / torch.cat(updates).norm())
 
 
-def test_two_train_what_one_would_also_when_all_are_killed(cache: Path, tmp_path: Path) -> None:
-    finished = Path(".fastsd", "finished", "r1")
-    alone = make_session(tmp_path / "a" / "Sessions" / "dog")
-    train(alone, cache, ["cpu"])
-    pair = make_session(tmp_path / "b" / "Sessions" / "dog")
+@pytest.fixture(scope="module")
+def alone(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one makes alone."""
+    session = make_session(tmp_path_factory.mktemp("a") / "Sessions" / "dog")
+    train(session, cache, ["cpu"])
+    return session / FINISHED
+
+
+def test_two_train_what_one_would(cache: Path, alone: Path, tmp_path: Path) -> None:
+    pair = make_session(tmp_path / "Sessions" / "dog")
+    train(pair, cache, ["cpu", "cpu"])
+    assert "steps on cpu and cpu" in (pair / "runs" / "r1" / "log.txt").read_text()
+    assert apart(pair / FINISHED, alone, miniature.folder_of("miniature", cache)) < 0.02
+
+
+@pytest.mark.soak
+def test_two_train_what_one_would_also_when_all_are_killed(cache: Path, alone: Path, tmp_path: Path) -> None:
+    pair = make_session(tmp_path / "Sessions" / "dog")
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
     process = spawning.Process(target=train, args=(pair, cache, ["cpu", "cpu"], 6, theirs))
@@ -85,7 +99,7 @@ def test_two_train_what_one_would_also_when_all_are_killed(cache: Path, tmp_path
     train(pair, cache, ["cpu", "cpu"])
     log = (pair / "runs" / "r1" / "log.txt").read_text()
     assert "resumed from step 4" in log
-    assert apart(pair / finished, alone / finished, miniature.folder_of("miniature", cache)) < 0.02
+    assert apart(pair / FINISHED, alone, miniature.folder_of("miniature", cache)) < 0.02
 
 
 @contextmanager

@@ -143,7 +143,9 @@ def test_the_miniature_of_sdxl_trains_both_encoders_and_becomes_one_file(tmp_pat
     assert (made.pipeline.family, made.pipeline.prediction) == ("sdxl", "epsilon")
 
 
-@pytest.mark.parametrize(("name", "method"), [("miniature", "dora"), ("miniature-sdxl", "lora")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("miniature-sdxl", "lora"), pytest.param("miniature", "dora", marks=pytest.mark.soak)]
+)
 # diffusers hands a torch tensor to numpy the old way.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_an_adapter_draws_in_diffusers_as_it_was_trained(name: str, method: str, cache: Path, tmp_path: Path) -> None:

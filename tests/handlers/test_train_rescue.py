@@ -70,7 +70,9 @@ def flat(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(each, marks=[pytest.mark.soak] * each.startswith("fine")) for each in METHODS]
+)
 def test_the_last_good_state_is_kept_as_the_model_that_save_every_would_have_kept(
     method: str, cache: Path, tmp_path: Path
 ) -> None:

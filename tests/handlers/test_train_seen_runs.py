@@ -59,7 +59,6 @@ def test_killed_and_resumed_it_shows_what_an_undisturbed_run_shows_and_held_out_
     assert run_child(server, payload_of(whole, spec), cache, None) == list(range(1, TOTAL + 1))
     killed = five_pictures(tmp_path / "killed" / "Sessions" / "dog")
     payload = payload_of(killed, spec)
-    run_child(server, payload, cache, 2)
     run_child(server, payload, cache, 5)
     run_child(server, payload, cache, None)
     assert finished(killed) == finished(whole)
