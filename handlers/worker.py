@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.context import BatchHandler, Cancelled, Handler, JobContext, JobResult, Stopping
+from handlers.large_imports import large_imports
 from handlers.outcome import Outcome
 from handlers.pipe import Reporter, die_with, prefer_as_victim, read_messages, take_pipes
 
@@ -186,7 +187,9 @@ def load_handler(name: str) -> Handler:
     """Make the handler that ``module:Class`` names. Raises what the import raises."""
     importlib.invalidate_caches()
     module, _, attribute = name.partition(":")
-    handler: Handler = getattr(importlib.import_module(module), attribute)()
+    with large_imports():
+        kind = getattr(importlib.import_module(module), attribute)
+    handler: Handler = kind()
     return handler
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from importlib import resources
@@ -37,6 +38,17 @@ LONG = (
     "test_cli_end_to_end",
     "test_caption_commands",
 )
+
+
+def pytest_collection() -> None:
+    """Collecting imports everything; what it makes is looked through neither meanwhile nor later."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected from here on."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,6 +26,7 @@ from handlers.convert.source import Pipeline
 from handlers.convert.verify import Pair as Compared
 from handlers.convert.verify import Unproven, compare_all, compare_samples
 from handlers.convert.write import write_safetensors
+from handlers.large_imports import large_imports
 from sessions import files
 from sessions.layout import lora_prompt
 from sessions.refusal import Refusal
@@ -147,7 +148,8 @@ def convert_adapter(
         progress(total, total, "checking")
         prove(read_lora(temporary, _VARIANTS), lora, verify)
         if verify == "forward" and base is not None:
-            from handlers.convert.adapter_forward import compare_adapters  # torch: only for this proof
+            with large_imports():  # torch: only for this proof
+                from handlers.convert.adapter_forward import compare_adapters
 
             progress(total, total, "checking that it computes the same")
             if not compare_adapters(temporary, source / ADAPTER_FILE, base, facts, device):

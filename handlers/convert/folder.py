@@ -18,6 +18,7 @@ from handlers.convert.single import read_folder
 from handlers.convert.source import Pipeline
 from handlers.convert.verify import compare_all, compare_samples, match
 from handlers.convert.write import write_safetensors
+from handlers.large_imports import large_imports
 from sessions import files
 from sessions.refusal import Refusal
 
@@ -129,9 +130,10 @@ def _prove(
 
 def _prove_forward(folder: Path, family: Family, single: Single, plan: Mapping[str, list[Entry]], device: str) -> None:
     """Diffusers reads the file itself, where it can: whole, and with the weights that were taken."""
-    import torch
+    with large_imports():
+        import torch
 
-    from handlers.convert.forward import compare_forward
+        from handlers.convert.forward import compare_forward
 
     if single.weights == "ema" or len(plan) != len(family.components):
         raise Refusal(

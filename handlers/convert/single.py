@@ -16,6 +16,7 @@ from handlers.convert.plan import Entry, Located, as_type, canonical, to_compone
 from handlers.convert.source import Pipeline, locate, read_pipeline, tensors_of
 from handlers.convert.verify import Unproven, compare_all, compare_samples, match
 from handlers.convert.write import write_safetensors
+from handlers.large_imports import large_imports
 from sessions import files
 from sessions.refusal import Refusal
 
@@ -85,7 +86,8 @@ def convert(
         progress(total, total, "checking")
         prove(temporary, family, found, verify)
         if verify == "forward":
-            from handlers.convert.forward import compare_forward  # torch: only for this proof
+            with large_imports():  # torch: only for this proof
+                from handlers.convert.forward import compare_forward
 
             progress(total, total, "checking that it computes the same")
             compare_forward(temporary, source, family, device, names=kept)

@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import check_cuda_p2p_ib_support, reduce
 
+from handlers.large_imports import large_imports
 from handlers.pipe import die_with
 from sessions.refusal import Refusal
 
@@ -263,7 +264,9 @@ def _serve(seat: Mapping[str, Any], follow: str, task: Mapping[str, Any], parent
     from importlib import import_module
 
     module, _, function = follow.partition(":")
-    getattr(import_module(module), function)(Member(**seat), seat["device"], task)
+    with large_imports():
+        found = import_module(module)
+    getattr(found, function)(Member(**seat), seat["device"], task)
     sys.stdout.flush()
     sys.stderr.flush()
     # The work is done: what libraries do at their end, with the others still there, must not look like a failure.

@@ -234,7 +234,7 @@ def test_blocks_that_come_and_go_learn_the_same(models: Path, cache: Path, tmp_p
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.8
 
 
-@pytest.mark.parametrize("base", [DEV, "miniature"])
+@pytest.mark.parametrize("base", [DEV, pytest.param("miniature", marks=pytest.mark.soak)])
 def test_in_half_precision_it_learns_about_the_same_and_shows_it(
     base: str, models: Path, cache: Path, tmp_path: Path
 ) -> None:
