@@ -56,7 +56,6 @@ def checkpoints(session: Path) -> list[str]:
     return sorted(folder.name for folder in (session / "checkpoints").iterdir() if not folder.name.startswith("."))
 
 
-@pytest.mark.soak
 def test_killed_in_both_stages_and_with_a_torn_checkpoint(
     server: ForkServerContext, cache: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
